@@ -47,7 +47,7 @@ class Settings:
     test: int = 128  # prompts behind each accuracy
 
 
-QUICK = {"width": 64, "first": 2, "later": 2, "lora_steps": 60, "steps": 60}
+QUICK = {"width": 64, "base_steps": 100, "first": 2, "later": 2, "lora_steps": 40, "steps": 40}
 
 
 def encipher(key, message):
@@ -118,8 +118,7 @@ class Tasks:
 
     def __init__(self, s):
         self.s, generator = s, torch.Generator().manual_seed(1000 + s.seed)
-        self.count = s.first + s.later
-        self.keys = torch.randint(LETTERS, (self.count, KEY), generator=generator)
+        self.keys = torch.randint(LETTERS, (s.first + s.later, KEY), generator=generator)
         self.tests = [make_batch(s.test, generator, key, t) for t, key in enumerate(self.keys)]
 
     def batches(self, task, steps):
@@ -128,13 +127,19 @@ class Tasks:
             yield make_batch(self.s.batch, generator, self.keys[task], task)
 
 
-def pretrain(s):
-    """The base model, which deciphers with any key that it is shown."""
+def pretrain(s, say):
+    """The base model, which deciphers with any key that it is shown; and how well it does."""
     vocabulary = 2 * LETTERS + s.first + s.later
     model = ToyTransformer(vocabulary, s.width, length=KEY + MESSAGE).to(DEVICE)
     generator = torch.Generator().manual_seed(s.seed)
-    batches = (make_batch(s.base_batch, generator) for _ in range(s.base_steps))
-    fit(model, batches, s.base_steps, s.base_lr)
+
+    def batches():
+        for step in range(s.base_steps):
+            if step % 25 == 0:
+                say("base", f"pre-training, step {step} of {s.base_steps}")
+            yield make_batch(s.base_batch, generator)
+
+    fit(model, batches(), s.base_steps, s.base_lr)
     return model, accuracy(model, make_batch(s.test, generator))
 
 
@@ -146,11 +151,11 @@ def show(methods, chance=1 / LETTERS):
         for i, row in enumerate(matrix):
             print(f"{i:5d} " + "".join(f"{value:5.2f}" for value in row))
     print(f"\nchance {chance:.3f}; trained: numbers for a task learned after the bases exist")
-    print(f"{'':16}   ACC    BWT  forgetting  trained   stored  seconds")
+    print(f"{'':16}       ACC       BWT forgetting  trained   stored  seconds")
     for name, m in methods.items():
-        scores = f"{m['acc']:6.3f} {m['bwt']:6.3f} {m['forgetting']:11.3f}"
+        scores = "".join(f"{round(m[key], 3) + 0.0:10.3f}" for key in ("acc", "bwt", "forgetting"))
         trained = m["trained_per_task"] or ""
-        print(f"{name:16}{scores} {trained:8} {m['stored']:8} {m['seconds']:8.1f}")
+        print(f"{name:16}{scores} {trained:9} {m['stored']:8} {m['seconds']:8.1f}")
 
 
 def main(argv=None):
@@ -159,6 +164,8 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="a smoke run on a smaller model")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args(argv)
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     s = replace(Settings(seed=args.seed), **QUICK if args.quick else {})
     torch.set_num_threads(1)  # these matrices are too small for more; a busy machine punishes it
     start = time.perf_counter()
@@ -180,7 +187,7 @@ def main(argv=None):
         row = {"accuracy_matrix": R, **metrics(R), "trained_per_task": trained, "stored": stored}
         methods[name] = row | {"seconds": seconds}
 
-    base, skill = pretrain(s)
+    base, skill = pretrain(s, say)
     began = time.perf_counter()
     unknown = evaluate(base)
     say("base", f"key in clear {skill:.3f}, behind a tag {sum(unknown) / T:.3f}")
