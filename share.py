@@ -124,7 +124,7 @@ def _update_columns(left, right, ranks):
 def _choose(columns, k_old, variance, k, center, grow):
     """Phase 3's basis (q, k) of `columns` (q, m), in a frame whose first k_old are the old basis.
 
-    By the variance rule; if that is less than k_old, by size; what rank is missing, from the old.
+    By the variance rule; at least the k_old heaviest; where there are fewer, more of the old basis.
     """
     if grow:
         added = build_basis(columns[k_old:], variance, k, center)
@@ -254,8 +254,8 @@ class Share:
                     raise ValueError(f"{where} are not (n, r) and (r, d)")
                 if shapes.setdefault(layer, (len(B), len(A.T))) != (len(B), len(A.T)):
                     raise ValueError(f"{where} do not fit the layer, which is {shapes[layer]}")
-                if not (B.isfinite().all() and A.isfinite().all()):
-                    raise ValueError(f"{where} hold NaN or infinity")
+                if not all(t.is_floating_point() and t.isfinite().all() for t in (B, A)):
+                    raise ValueError(f"{where} are not real numbers, or hold NaN or infinity")
 
     @torch.no_grad()
     def add(self, task, adapter, p=None):
@@ -281,8 +281,8 @@ class Share:
         By default the bases become the main directions of all tasks' factors, and no smaller than
         they were; earlier tasks may move. With `grow` (ours) they stay, directions of what the new
         adapters have outside are added, and earlier tasks keep their ΔW. variance: the part to
-        explain, of all factors or of what is outside; None: the share's own. k: a cap instead; it
-        alone, without `grow`, makes a basis smaller. `attach` again for a layer that is new.
+        explain, of all factors or of what is outside; None: the share's own. k: a cap instead, for
+        this call; it alone, without `grow`, makes a basis smaller. `attach` again for a new layer.
         """
         variance = self.variance if variance is None else variance
         _check(variance, k=k)
@@ -320,7 +320,7 @@ class Share:
         return Adapter(factors, *copy.deepcopy(self.about[task][1:]))
 
     def retained(self):
-        """{task: ‖ΔW‖² as it is held now, as a part of what came in}, 0 … 1, over all layers."""
+        """{task: ‖ΔW‖² as held now, as a part of what came in}, about 0 … 1, over all layers."""
         held = {task: self.reconstruct(task).energy() for task in self.tasks}
         return {t: held[t] / energy if energy else 1.0 for t, (energy, *_) in self.about.items()}
 
@@ -375,7 +375,8 @@ class Share:
 
     def detach(self, model, task=None):
         """Put the nn.Linear back as they were, or copies with a task folded in; returns `model`."""
-        layers = {n: m for n, m in model.named_modules() if getattr(m, "share", None) is self}
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, ShareLinear)}
+        layers = {name: m for name, m in layers.items() if m.share is self}
         if not layers:
             raise ValueError("the model has no layer of this share; attach(model) comes first")
         if task is not None:
@@ -532,9 +533,7 @@ def _training(share, model, extra):
     try:
         model.train()
         for q, _, _ in flags:
-            q.requires_grad_(False).grad = None
-        for q in extra:
-            q.requires_grad_(True)
+            q.requires_grad_(any(q is e for e in extra)).grad = None
         yield
     except BaseException:
         with torch.no_grad():
@@ -555,7 +554,7 @@ def train_coefficients(
     share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1e-2, sigma=0.03,
     extra_parameters=(), finetune=False, grow=False, on_step=None,
 ):
-    """Phase 2: learn a task by coefficients alone; returns each step's loss.
+    """Phase 2: learn a task by coefficients alone; returns each step's loss (before any merge).
 
     model: `share.attach` was called on it. batches: whatever loss_fn(model, batch) -> scalar takes,
     each a step of Adam at rate lr. p: pseudo-rank. The coefficients start as N(0, sigma²) on both
@@ -597,7 +596,8 @@ def train_coefficients(
     groups = extra if extra and isinstance(extra[0], dict) else [{"params": extra}]
     own = [t.requires_grad_() for ts in (*learned.values(), *columns.values()) for t in ts]
     optimizer, losses = torch.optim.Adam([{"params": own}, *groups], lr=lr), []
-    with _training(share, model, [q for g in optimizer.param_groups[1:] for q in g["params"]]):
+    extra = [q for group in optimizer.param_groups[1:] for q in group["params"]]
+    with _training(share, model, extra):
         for step, batch in enumerate(batches):
             share.selected = factors  # each time: on_step may select, to look at other tasks
             optimizer.zero_grad()
@@ -611,8 +611,8 @@ def train_coefficients(
                 on_step(step, losses[-1])
         if not losses:
             raise ValueError("batches is empty; it takes one or more")
-        if not all(t.isfinite().all() for t in own):
-            raise ValueError(f"step {step}: a coefficient is NaN or infinite")
+        if not all(t.isfinite().all() for t in (*own, *extra)):
+            raise ValueError(f"step {step}: a trained number is NaN or infinite")
         with torch.no_grad():
             pairs = {layer: factors(layer) for layer in learned}
         pairs = {layer: (left, right.T) for layer, (left, right) in pairs.items()}

@@ -327,6 +327,7 @@ def test_a_removed_task_is_gone_and_the_others_keep_their_updates():
         (lambda B, A: (B[:, :-1], A), r"not \(n, r\)"),
         (lambda B, A: (B[:, :0], A[:0]), r"not \(n, r\)"),
         (lambda B, A: (B * float("inf"), A), "NaN or infinity"),
+        (lambda B, A: (B, A + 0j), "not real numbers"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_by_name_and_nothing_changes(change, words):
@@ -679,6 +680,7 @@ def test_two_shares_on_one_model_detach_apart():
     one = Share.from_adapters(make_adapters("a", shapes={"first": (20, 30)}))
     two = Share.from_adapters(make_adapters("b", shapes={"second": (40, 12)}))
     model = two.attach(one.attach(Net()))
+    model.share = one  # an attribute of that name makes no ShareLinear
     one.detach(model, "a")
     assert type(model.first) is nn.Linear and isinstance(model.second, ShareLinear)
 
@@ -854,9 +856,17 @@ def test_a_training_step_that_ends_in_nan_is_not_kept():
         y = model(x)
         return y.square().mean() + (y * 0).abs().sqrt().sum()  # finite, with a gradient that is not
 
-    with pytest.raises(ValueError, match="step 0: a coefficient is NaN"):
+    with pytest.raises(ValueError, match="step 0: a trained number is NaN"):
         train_coefficients(share, model, "new", [batch()], loss)
-    assert share.tasks == ["a", "b"]
+    bias = model.middle.bias
+
+    def loss_of_bias(model, x):
+        return square_loss(model, x) + (bias * 0).abs().sqrt().sum()
+
+    before = bias.clone()
+    with pytest.raises(ValueError, match="step 0: a trained number is NaN"):
+        train_coefficients(share, model, "new", [batch()], loss_of_bias, extra_parameters=[bias])
+    assert torch.equal(bias, before) and share.tasks == ["a", "b"]
 
 
 def test_both_coefficient_matrices_have_gradients_at_the_first_step():
@@ -936,7 +946,7 @@ def test_extra_parameters_are_trained_along_at_their_own_rate():
 
 def test_finetuning_goes_on_from_the_stored_coefficients_of_that_task_alone():
     adapters = make_adapters("ab")
-    adapters["a"].config["kept"] = True
+    adapters["a"].config["kept"], adapters["a"].extras["head"] = True, torch.ones(2)
     share = Share.from_adapters(adapters)
     model = share.attach(Net().to(DEVICE, torch.float64).eval())
     x, before = batch(), copy.deepcopy(share.coefficients)
@@ -949,7 +959,8 @@ def test_finetuning_goes_on_from_the_stored_coefficients_of_that_task_alone():
             assert e.shape == old.shape and not torch.equal(e, old.to(e))
         for e, old in zip(share.coefficients["b"][layer], before["b"][layer]):
             assert torch.equal(e, old.to(e))
-    assert share.reconstruct("a").config == {"kept": True}
+    kept = share.reconstruct("a")
+    assert kept.config == {"kept": True} and torch.equal(kept.extras["head"], torch.ones(2))
     with pytest.raises(ValueError, match="task 'x' is unknown"):
         train_coefficients(share, model, "x", [x], square_loss, finetune=True)
 
@@ -1006,6 +1017,22 @@ def test_on_step_reports_each_step_and_may_look_at_other_tasks():
 
     losses = train_coefficients(share, model, "new", [x] * 4, square_loss, on_step=look)
     assert seen == list(enumerate(losses)) and losses[-1] < losses[0]
+
+
+def test_a_buffer_that_forward_replaces_and_a_selection_that_is_gone_are_restored():
+    share, model = attached()
+    model.register_buffer("seen", torch.zeros(()))
+    share.select("a")
+
+    def loss(model, x):
+        model.seen = model.seen + 1
+        return square_loss(model, x)
+
+    def forget(step, loss):
+        share.remove("a")
+
+    train_coefficients(share, model, "new", [batch()], loss, on_step=forget)
+    assert model.seen == 0 and share.selected is None
 
 
 def test_training_works_on_a_bfloat16_base():
