@@ -22,9 +22,8 @@ Where this differs from the paper (arXiv 2602.06043), and why:
  1. The mean that centring subtracts stays, as one more direction: without it no adapter comes back.
  2. A task's best rank-p coefficients are an SVD of beta^T ΔW alpha, not the first p columns of it.
  3. A merge never shrinks a basis by itself: the variance rule, applied afresh, would let the newest
-    task push out the others. Directions that no task uses any more stay for the tasks to come.
- 4. A merge works in the span of old bases and new factors: the same result, nothing rebuilt.
- 5. `stack="updates"` and `merge(grow=True)` are ours.
+    task push out the others. It works in the span of old bases and new factors: nothing is rebuilt.
+ 4. `stack="updates"`, `merge(grow=True)` and the Router are ours.
 Absent: convolutions, embeddings, quantised weights, training on several GPUs.
 """
 
@@ -33,7 +32,6 @@ import json
 import math
 import re
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,47 +39,61 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 NOISE = 1e-6  # a singular value below this part of the largest is rounding, not a direction
 CRC = re.compile(rb'"crc32":"([0-9a-f]{8})"')  # in a file's header; of the file with zeros there
+PEFT_VARIANTS = (  # what makes a PEFT adapter something else than W0 x + scaling B A x
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+)
+
+
+def _require(holds, message):
+    if not holds:
+        raise ValueError(message)
 
 
 def _check(variance=1.0, **counts):
-    if not 0 < variance <= 1:
-        raise ValueError(f"variance is {variance!r}; it takes a number above 0, up to 1")
+    _require(0 < variance <= 1, f"variance is {variance!r}; it takes a number above 0, up to 1")
     for name, value in counts.items():
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} is {value!r}; it takes an integer, 1 or more")
+        fits = value is None or (type(value) is int and value >= 1)
+        _require(fits, f"{name} is {value!r}; it takes an integer, 1 or more")
 
 
-def _directions(X, scale=None):
-    """Left singular vectors (n, q), values (q,) of X (n, m), without those below NOISE * scale."""
-    U, S, _ = torch.linalg.svd(X, full_matrices=False)
-    q = int((S > NOISE * (S[:1].sum() if scale is None else scale)).sum())
+def _directions(X):
+    """Left singular vectors (n, q) and values (q,) of X (n, m), without those that are rounding."""
+    if len(X) > X.shape[1]:  # tall: within the span of its columns
+        Q, R = torch.linalg.qr(X)
+        U, S = _directions(R)
+        return Q @ U, S
+    values, U = torch.linalg.eigh(X @ X.T)  # in ascending order; half the cost of an SVD of X
+    S, U = values.clamp_min(0).sqrt().flip(0), U.flip(1)
+    q = int((S > NOISE * S[:1]).sum())
     return U[:, :q], S[:q]
 
 
 def build_basis(stack, variance=0.6, k=None, center=True):
     """Orthonormal basis (n, k) of the main directions of the columns of `stack` (n, m) (phase 1).
 
-    Without `k`: as many directions as explain the part `variance` of the variance (0.6 is the
-    paper's); with it, k at most. `center` subtracts the mean first and keeps it as one more, so
-    that `variance=1.0` spans all columns down to NOISE. A zero stack has no direction. ValueError:
+    They explain the part `variance` of the variance; the paper's is 0.6. `center` subtracts the
+    mean first and keeps it as one more direction, so that `variance=1.0` spans all columns. `k`:
+    at most so many directions instead, the mean among them. A zero stack has none. ValueError:
     a stack without columns, or with NaN or infinity; `variance` or `k` out of range.
     """
     _check(variance, k=k)
-    if stack.dim() != 2 or not stack.shape[1] or not stack.isfinite().all():
-        raise ValueError(f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite values")
+    fits = stack.dim() == 2 and stack.shape[1] and stack.isfinite().all()
+    _require(fits, f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite values")
     X = stack.double()
-    mean = X.mean(1, keepdim=True) * center
-    U, S = _directions(X - mean)
-    explained = S.square().cumsum(0)
-    needed = (variance - 1e-13) * explained[-1:]  # less what rounding may add
-    count = int((explained < needed).sum()) + 1 if k is None else k
-    U, S = U[:, :count], S[:count]
-    if center:  # m columns have the mean in common, so it weighs sqrt(m); k keeps the heaviest
-        U, S = _directions(torch.cat([U * S, mean * math.sqrt(X.shape[1])], 1))
-    return U[:, :k].to(torch.promote_types(stack.dtype, torch.float32))
+    if k is None:
+        mean = X.mean(1, keepdim=True) * center
+        U, S = _directions(X - mean)
+        explained = S.square().cumsum(0)
+        needed = (variance - 1e-13) * explained[-1:]  # less what rounding may add
+        count = int((explained < needed).sum()) + 1
+        common = mean * math.sqrt(X.shape[1])  # as heavy as in all m columns together
+        X = torch.cat([U[:, :count] * S[:count], common], 1)
+    return _directions(X)[0][:, :k].to(torch.promote_types(stack.dtype, torch.float32))
 
 
 def _best_rank(left, right, p=None):
@@ -92,78 +104,59 @@ def _best_rank(left, right, p=None):
     return (Q1 @ U[:, :p] * root).to(left.dtype), (Q2 @ Vh[:p].T * root).to(right.dtype)
 
 
-def _extend(basis, eps, new):
-    """A frame (n, q), `basis` (n, k) then what `new` (n, m) has outside, and coordinates in it.
-
-    These, (q, s + m), are of `eps` (k, s) and `new`. With no basis the frame is None: identity.
-    """
-    basis, eps, new = basis.double(), eps.double(), new.double()
-    if not len(eps):
-        return None, torch.cat([new.new_zeros(len(new), eps.shape[1]), new], 1)
-    residual = new - basis @ (basis.T @ new)
-    residual = residual - basis @ (basis.T @ residual)  # what rounding of the basis had left inside
-    frame = torch.cat([basis, _directions(residual, scale=new.norm())[0]], 1)
-    return frame, torch.cat([F.pad(eps, (0, 0, 0, frame.shape[1] - len(eps))), frame.T @ new], 1)
-
-
 def _update_columns(left, right, ranks):
-    """Columns with the left singular vectors and values of each task's ΔW = left right^T / ‖ΔW‖.
+    """Columns with each task's left singular vectors and values, of ΔW = left right^T at norm 1.
 
     With right = Q R they are left R^T: unlike left, they do not depend on how ΔW is split in two.
     """
-    left, right = (
-        nn.utils.rnn.pad_sequence([part.T for part in side.split(ranks, 1)], batch_first=True).mT
-        for side in (left, right)
-    )  # (t, n, p) and (t, d, p), the narrower ones filled up with columns of zeros
+    parts = [[part.T for part in side.split(ranks, 1)] for side in (left, right)]
+    left, right = (pad_sequence(side, batch_first=True).mT for side in parts)  # (t, n or d, max p)
     columns = left @ torch.linalg.qr(right, mode="r").R.mT
     norm = torch.linalg.matrix_norm(columns, keepdim=True)
     norm = norm.clamp_min(NOISE * norm.max() + 1e-300)  # what is only rounding must not become 1
     return (columns / norm).transpose(0, 1).flatten(1)
 
 
-def _choose(columns, k_old, variance, k, center, grow):
-    """Phase 3's basis (q, k) of `columns` (q, m), in a frame whose first k_old are the old basis.
-
-    By the variance rule; at least the k_old heaviest; where there are fewer, more of the old basis.
-    """
-    if grow:
-        added = build_basis(columns[k_old:], variance, k, center)
-        added = added if k is None else added[:, : max(k - k_old, 0)]
-        return torch.block_diag(torch.eye(k_old).to(added), added)
-    basis = build_basis(columns, variance, k, center)
-    if k is None and basis.shape[1] < k_old:
-        basis = build_basis(columns, k=k_old, center=center)
-        old = torch.eye(len(columns), k_old).to(basis)
-        unused, _ = _directions(old - basis @ (basis.T @ old))
-        basis = torch.cat([basis, unused[:, : k_old - basis.shape[1]]], 1)
-    return basis
-
-
-def _merge(bases, old, new, variance, k, center, stack, grow):
+def _merge(bases, old, new, stack, variance, k, center, grow):
     """Phase 3 for one layer, phase 1 where the bases are empty: next bases, all coefficients.
 
     bases: (beta, alpha). old: {task: (eps_beta, eps_alpha)}. new: {task: (B, A^T)}. All happens in
-    the frames of `_extend`. They are orthonormal, so the result is that of the reconstructed
-    adapters, at a cost that hardly depends on how many there are.
+    the coordinates of frames: a basis, then what the new factors have outside of it. Frames are
+    orthonormal, so this equals reconstructing everything; its cost hardly depends on the past.
     """
     ranks = [pair[0].shape[1] for pair in (*old.values(), *new.values())]
-    seen = sum(ranks[: len(old)]) if grow else 0  # columns that do not count for the next bases
-    parts, stacks, dtype = [], [], torch.promote_types(bases[0].dtype, torch.float32)
-    for side, basis in enumerate(bases):
-        before = torch.cat([basis[:0].T, *(pair[side] for pair in old.values())], 1)
-        added = torch.cat([pair[side].to(basis.device) for pair in new.values()], 1)
-        frame, coordinates = _extend(basis, before, added)
-        parts.append((basis.shape[1], frame, coordinates))
-        stacks.append(coordinates[:, seen:])
-        dtype = torch.promote_types(dtype, added.dtype)
-    if stack == "updates":  # its columns have no sign or order, so their mean says nothing
-        some = ranks[len(old) :] if grow else ranks
-        center, stacks = False, [_update_columns(*s, some) for s in (stacks, stacks[::-1])]
+    frames, sides = [], []
+    for basis, *pairs in zip(bases, *old.values(), *new.values()):
+        eps = torch.cat([basis[:0].T, *pairs[: len(old)]], 1).double()
+        both = torch.cat([basis, *(factor.to(basis.device) for factor in pairs[len(old) :])], 1)
+        dtype, both, k_old = torch.promote_types(both.dtype, torch.float32), both.double(), len(eps)
+        if k_old or len(both) > both.shape[1]:
+            frame = torch.cat([both[:, :k_old], torch.linalg.qr(both).Q[:, k_old:]], 1)
+        else:
+            frame = torch.eye(len(both)).to(both)  # the new factors span everything
+        added = frame.T @ both[:, k_old:]
+        added[added.abs() < NOISE * added.norm()] = 0  # rounding, where a factor is in the basis
+        frames.append(frame)
+        sides.append(torch.cat([F.pad(eps, (0, 0, 0, len(added) - k_old)), added], 1))
+    first = len(old) if grow else 0  # the first task that counts for the next bases
+    stacks, counted = [side[:, sum(ranks[:first]) :] for side in sides], ranks[first:]
+    if stack == "updates":
+        stacks = [_update_columns(*pair, counted) for pair in (stacks, stacks[::-1])]
     merged, eps = [], []
-    for (k_old, frame, coordinates), columns in zip(parts, stacks):
-        small = _choose(columns, k_old, variance, k, center, grow)
-        merged.append((small if frame is None else frame @ small).to(dtype))
-        eps.append((small.T @ coordinates).to(dtype).split(ranks, 1))
+    for basis, frame, columns, X in zip(bases, frames, sides, stacks):
+        k_old = basis.shape[1]
+        if grow:
+            room = None if k is None else max(k - k_old, 0)
+            fresh = build_basis(X[k_old:], variance, k or None, center)[:, :room]
+            small = torch.block_diag(torch.eye(k_old).to(fresh), fresh)
+        else:
+            small = build_basis(X, variance, k, center)
+            if k is None and small.shape[1] < k_old:  # at least the k_old heaviest, and where there
+                spare = 10 * NOISE * float(X.norm()) or 1.0  # are fewer, more of the old basis
+                X = torch.cat([X, spare * torch.eye(len(X), k_old).to(X)], 1)
+                small = build_basis(X, k=k_old)
+        merged.append((frame @ small).to(dtype))
+        eps.append((small.T @ columns).to(dtype).split(ranks, 1))
     return tuple(merged), dict(zip((*old, *new), zip(*eps)))
 
 
@@ -204,17 +197,18 @@ class _Tasks(dict):
 class Share:
     """All layers' bases and all tasks' coefficients, each kept in this one place only.
 
-    bases: {layer: (beta, alpha)}. coefficients: {task: {layer: (eps_beta, eps_alpha)}}. about:
-    {task: (‖ΔW‖² as it came in, extras, config)}. Methods raise ValueError for what is out of range
-    or does not fit, UnknownTask for a task that is not there, and then change nothing.
+    bases: {layer: (beta, alpha)}. coefficients: {layer: {task: (eps_beta, eps_alpha)}}. about:
+    {task: (‖ΔW‖² as it came in, extras, config)}. router: a Router to be saved along, or None.
+    Methods raise ValueError for what is out of range or does not fit, UnknownTask for a task that
+    is not there, and then change nothing.
     """
 
     def __init__(self, variance=0.6, center=True, stack="factors"):
-        if stack not in ("factors", "updates"):
-            raise ValueError(f"stack is {stack!r}; it takes 'factors' or 'updates'")
+        fits = stack in ("factors", "updates")
+        _require(fits, f"stack is {stack!r}; it takes 'factors' or 'updates'")
         self.variance, self.center, self.stack = variance, center, stack
-        self.bases, self.coefficients, self.about = {}, _Tasks(), {}
-        self.selected = None  # a task's name; while one is learned, layer -> its factors so far
+        self.bases, self.coefficients, self.about, self.router = {}, {}, _Tasks(), None
+        self.selected = None  # a task, a tuple with one per sample, or a function as `factors`
 
     @classmethod
     def from_adapters(cls, adapters, *, variance=0.6, k=None, center=True, stack="factors", p=None):
@@ -222,59 +216,59 @@ class Share:
 
         variance, k, center: see `build_basis`. stack: "factors" stacks the columns of B and the
         rows of A, as the paper does; "updates" (ours) both sides of each ΔW at norm 1, so that
-        neither a task's size nor the split between B and A counts; it is never centred.
+        neither a task's size nor the split between B and A counts (nor a mean: never centred).
         p: pseudo-rank of the coefficients, None for each adapter's own rank.
         """
-        _check(p=p)
-        share = cls(variance, center, stack)
-        share.merge(adapters, k=k)  # nothing is there yet, so this is phase 1
-        for eps in share.coefficients.values() if p else ():
-            eps |= {layer: _best_rank(*pair, p) for layer, pair in eps.items()}
+        share = cls(variance, center and stack == "factors", stack)
+        share._take_in(adapters, variance, k, False, p)
         return share
 
-    tasks = property(lambda self: list(self.coefficients), doc="The tasks' names, oldest first.")
+    tasks = property(lambda self: list(self.about), doc="The tasks' names, oldest first.")
     layers = property(lambda self: list(self.bases), doc="The layers' names.")
 
     def _check_new(self, task):
-        if not isinstance(task, str) or task in self.coefficients:
-            raise ValueError(f"task {task!r} exists, or is no string; it takes a new name")
-
-    def _check_fit(self, adapters):
-        """Refuse what of {task: Adapter} the share cannot take in."""
-        if not adapters:
-            raise ValueError("adapters is empty; it takes one or more")
-        shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
-        for task, adapter in adapters.items():
-            self._check_new(task)
-            if not adapter.factors:
-                raise ValueError(f"task {task!r} has no LoRA factors")
-            for layer, (B, A) in adapter.factors.items():
-                where = f"task {task!r}, layer {layer!r}: B {tuple(B.shape)}, A {tuple(A.shape)}"
-                if B.dim() != 2 or A.dim() != 2 or B.shape[1] != len(A) or not len(A):
-                    raise ValueError(f"{where} are not (n, r) and (r, d)")
-                if shapes.setdefault(layer, (len(B), len(A.T))) != (len(B), len(A.T)):
-                    raise ValueError(f"{where} do not fit the layer, which is {shapes[layer]}")
-                if not all(t.is_floating_point() and t.isfinite().all() for t in (B, A)):
-                    raise ValueError(f"{where} are not real numbers, or hold NaN or infinity")
+        fits = isinstance(task, str) and task not in self.about
+        _require(fits, f"task {task!r} exists, or is no string; it takes a new name")
 
     @torch.no_grad()
+    def _take_in(self, adapters, variance, k, grow, p=None):
+        """Check {task: Adapter}, merge it layer by layer, and reduce new coefficients to rank p."""
+        _check(variance, k=k or None, p=p)
+        _require(adapters, "adapters is empty; it takes one or more")
+        shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
+        layers = {}  # layer -> {task: (B, A^T)}
+        for task, adapter in adapters.items():
+            self._check_new(task)
+            _require(adapter.factors, f"task {task!r} has no LoRA factors")
+            for layer, (B, A) in adapter.factors.items():
+                where = f"task {task!r}, layer {layer!r}: B {tuple(B.shape)}, A {tuple(A.shape)}"
+                fits = B.dim() == A.dim() == 2 and B.shape[1] == len(A) > 0
+                _require(fits, f"{where} are not (n, r) and (r, d)")
+                shape = shapes.setdefault(layer, (len(B), len(A.T)))
+                _require(shape == (len(B), len(A.T)), f"{where} do not fit the layer, {shape}")
+                fits = B.dtype == A.dtype and B.is_floating_point()
+                fits = fits and B.isfinite().all() and A.isfinite().all()
+                _require(fits, f"{where} are not real, or hold NaN or infinity")
+                layers.setdefault(layer, {})[task] = B, A.T
+        bases, coefficients = dict(self.bases), dict(self.coefficients)
+        for layer, new in layers.items():
+            before = bases.get(layer) or [side[:, :0] for side in [*new.values()][0]]
+            old, rule = coefficients.get(layer, {}), (self.stack, variance, k, self.center, grow)
+            bases[layer], coefficients[layer] = _merge(before, old, new, *rule)
+            for task in new if p else ():
+                coefficients[layer][task] = _best_rank(*coefficients[layer][task], p)
+        self.about.update({task: _about(adapter) for task, adapter in adapters.items()})
+        self.bases, self.coefficients = bases, coefficients
+
     def add(self, task, adapter, p=None):
         """Project one more task onto the bases, which stay; p: pseudo-rank, None for its own rank.
 
-        What lies outside the bases is lost (`retained` tells how much); `merge` would take it in.
+        What lies outside is lost (`retained` tells how much); `merge` would take it in.
         """
-        _check(p=p)
-        self._check_fit({task: adapter})
         for layer in adapter.factors.keys() - self.bases.keys():
             raise ValueError(f"task {task!r}, layer {layer!r}: no bases yet; merge() makes them")
-        eps, about = {}, _about(adapter)
-        for layer, (B, A) in adapter.factors.items():
-            beta, alpha = self.bases[layer]
-            pair = beta.T @ B.to(beta), alpha.T @ A.T.to(alpha)
-            eps[layer] = pair if p is None else _best_rank(*pair, p)
-        self.coefficients[task], self.about[task] = eps, about
+        self._take_in({task: adapter}, 1.0, 0, True, p)  # may grow, but has no room
 
-    @torch.no_grad()
     def merge(self, adapters, *, variance=None, k=None, grow=False):
         """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
@@ -284,39 +278,19 @@ class Share:
         explain, of all factors or of what is outside; None: the share's own. k: a cap instead, for
         this call; it alone, without `grow`, makes a basis smaller. `attach` again for a new layer.
         """
-        variance = self.variance if variance is None else variance
-        _check(variance, k=k)
-        self._check_fit(adapters)
-        bases, eps = dict(self.bases), {t: dict(pairs) for t, pairs in self.coefficients.items()}
-        eps |= {task: {} for task in adapters}
-        for layer in dict.fromkeys(layer for a in adapters.values() for layer in a.factors):
-            pairs = {t: a.factors[layer] for t, a in adapters.items() if layer in a.factors}
-            new = {task: (B, A.T) for task, (B, A) in pairs.items()}
-            old = {task: pairs[layer] for task, pairs in eps.items() if layer in pairs}
-            before = bases.get(layer) or tuple(side[:, :0] for side in [*new.values()][0])
-            settings = variance, k, self.center, self.stack, grow
-            bases[layer], merged = _merge(before, old, new, *settings)
-            for task, pair in merged.items():
-                eps[task][layer] = pair
-        about = self.about | {task: _about(adapter) for task, adapter in adapters.items()}
-        self.bases, self.coefficients, self.about = bases, _Tasks(eps), about
+        _check(k=k)
+        self._take_in(adapters, self.variance if variance is None else variance, k, grow)
 
     def factors(self, layer, task):
         """beta eps_beta (n, p) and alpha eps_alpha (d, p); None where the task has none."""
-        (beta, alpha), eps = self.bases[layer], self.coefficients[task].get(layer)
-        return eps and (beta @ eps[0], alpha @ eps[1])
-
-    def move(self, layer, device):
-        """Move one layer's bases and coefficients to a device."""
-        self.bases[layer] = tuple(basis.to(device) for basis in self.bases[layer])
-        for eps in self.coefficients.values():
-            if layer in eps:
-                eps[layer] = tuple(e.to(device) for e in eps[layer])
+        self.about[task]  # raises UnknownTask
+        eps = self.coefficients[layer].get(task)
+        return eps and [(e.T @ basis.T).T for basis, e in zip(self.bases[layer], eps)]
 
     def reconstruct(self, task):
         """The Adapter that the share holds for a task, its extras and config included."""
-        pairs = {layer: self.factors(layer, task) for layer in self.coefficients[task]}
-        factors = {layer: (left, right.T) for layer, (left, right) in pairs.items()}
+        pairs = {layer: self.factors(layer, task) for layer in self.bases}
+        factors = {layer: (pair[0], pair[1].T) for layer, pair in pairs.items() if pair}
         return Adapter(factors, *copy.deepcopy(self.about[task][1:]))
 
     def retained(self):
@@ -324,10 +298,25 @@ class Share:
         held = {task: self.reconstruct(task).energy() for task in self.tasks}
         return {t: held[t] / energy if energy else 1.0 for t, (energy, *_) in self.about.items()}
 
+    def average(self, tasks, name, p=None):
+        """A new task: the best rank-p fit to the mean of the tasks' ΔW (p None: all of it).
+
+        Coefficients cannot be averaged one by one: (B, A) and (-B, -A) are the same ΔW.
+        """
+        _check(p=p)
+        parts, factors = [self.reconstruct(task).factors for task in tasks], {}
+        for layer in self.bases:
+            if pairs := [part[layer] for part in parts if layer in part]:
+                B, A = zip(*pairs)
+                factors[layer] = torch.cat(B, 1) / len(parts), torch.cat(A)
+        self.add(name, Adapter(factors), p or max([1, *(len(A) for _, A in factors.values())]))
+
     def remove(self, task):
         """Forget a task; the bases stay. If it is selected, None is then."""
-        self.coefficients[task]  # raises UnknownTask
-        del self.coefficients[task], self.about[task]
+        self.about[task]  # raises UnknownTask
+        del self.about[task]
+        for eps in self.coefficients.values():
+            eps.pop(task, None)
         self.selected = None if self.selected == task else self.selected
 
     def num_parameters(self, task=None):
@@ -335,100 +324,117 @@ class Share:
         if task is None:
             bases = sum(basis.numel() for pair in self.bases.values() for basis in pair)
             return bases + sum(map(self.num_parameters, self.tasks))
-        eps = [e for pair in self.coefficients[task].values() for e in pair]
-        return sum(t.numel() for t in (*eps, *self.about[task][1].values()))
+        extras = self.about[task][1].values()
+        eps = [e for held in self.coefficients.values() for e in held.get(task, ())]
+        return sum(t.numel() for t in (*extras, *eps))
 
     def select(self, task):
-        """What attached models add from now on: this task, or for None nothing."""
-        if task is not None:
-            self.coefficients[task]  # raises UnknownTask
-        self.selected = task
+        """What attached models add from now on: one task; nothing (None); or for a mixed batch a
+        sequence, with one or the other for each sample along the first dimension."""
+        many = task is not None and not isinstance(task, str)
+        for name in {*(task if many else [task])} - {None}:
+            self.about[name]  # raises UnknownTask
+        self.selected = tuple(task) if many else task
 
     def attach(self, model):
-        """Put a ShareLinear where the share has a layer, freeze all parameters; returns `model`.
+        """Make each nn.Linear that has bases a ShareLinear, freeze all parameters; returns `model`.
 
         Heads and other extras are left to the caller. ValueError, with nothing changed: a layer is
-        missing, is not a plain nn.Linear (others may bypass forward), or has another shape.
+        missing, no plain nn.Linear (others may bypass forward), or has another shape.
         """
-        linears = {}  # {place in the model: its layer's name, its nn.Linear}
+        linears, modules = {}, dict(model.named_modules(remove_duplicate=False))
         for layer, (beta, alpha) in self.bases.items():
-            path, _, leaf = layer.rpartition(".")
-            try:
-                place = model.get_submodule(path), leaf
-                linear = getattr(*place)
-            except AttributeError:
-                raise ValueError(f"layer {layer!r} is not in the model") from None
-            if isinstance(linear, ShareLinear) and (linear.share, linear.layer) == (self, layer):
+            linear = modules.get(layer)
+            if isinstance(linear, ShareLinear) and linear.share is self and linear.layer == layer:
                 continue  # attached before
-            if type(linear) is not nn.Linear or not isinstance(linear.weight, nn.Parameter):
-                raise ValueError(f"layer {layer!r} is {type(linear).__name__}, no plain nn.Linear")
-            if (shape := tuple(linear.weight.shape)) != (len(beta), len(alpha)):
-                raise ValueError(f"layer {layer!r} is {shape}, its bases {len(beta), len(alpha)}")
-            if place in linears:
-                raise ValueError(f"layer {layer!r} is in the share under a second name, too")
-            linears[place] = layer, linear
+            plain = type(linear) is nn.Linear and isinstance(linear.weight, nn.Parameter)
+            _require(plain, f"layer {layer!r} of the model is {linear}, no plain nn.Linear")
+            shape, bases = tuple(linear.weight.shape), (len(beta), len(alpha))
+            _require(shape == bases, f"layer {layer!r} is {shape}, its bases {bases}")
+            _require(linear not in linears, f"layer {layer!r} has a second name in the share")
+            linears[linear] = layer
         frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for (parent, leaf), (layer, linear) in linears.items():
+        for linear, layer in linears.items():
             model.requires_grad_(False)
-            setattr(parent, leaf, ShareLinear(linear, self, layer, frozen))
+            linear.__class__, linear.share, linear.layer = ShareLinear, self, layer
+            linear.handle = linear.register_forward_pre_hook(ShareLinear.hook)
+            linear.frozen = frozen  # for detach
+            linear._apply(lambda t: t)  # brings the layer's bases and coefficients to its device
         return model
 
+    @torch.no_grad()
     def detach(self, model, task=None):
-        """Put the nn.Linear back as they were, or copies with a task folded in; returns `model`."""
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, ShareLinear)}
-        layers = {name: m for name, m in layers.items() if m.share is self}
-        if not layers:
-            raise ValueError("the model has no layer of this share; attach(model) comes first")
-        if task is not None:
-            self.coefficients[task]  # raises UnknownTask
-        for name, m in layers.items():
+        """Make nn.Linear of them again, with a task's ΔW added to the weights if one is named."""
+        layers = [m for m in model.modules() if isinstance(m, ShareLinear) and m.share is self]
+        _require(layers, "the model has no layer of this share; attach(model) comes first")
+        pairs = [task is not None and self.factors(m.layer, task) for m in layers]
+        for m, pair in zip(layers, pairs):
             for parameter in m.frozen:
                 parameter.requires_grad_(True)
-            model.set_submodule(name, m.linear(task))
+            if pair:  # a new parameter: the old one may be another module's, too
+                weight = (m.weight + pair[0] @ pair[1].T).to(m.weight.dtype)  # rounded once
+                m.weight = nn.Parameter(weight, m.weight.requires_grad)
+            m.handle.remove()
+            del m.share, m.layer, m.frozen, m.handle
+            m.__class__ = nn.Linear
         return model
 
     def save(self, path):
         """Write everything to one .safetensors file, which appears whole or not at all."""
-        tensors, path = [], Path(path)
+        tensors, layers = [], []
         def number(tensor):  # what JSON has in a tensor's place
-            tensors.append(tensor.detach().cpu().contiguous())
-            return {"tensor": len(tensors) - 1}
-        about = {t: (e, x, json.dumps(config)) for t, (e, x, config) in self.about.items()}
-        state = {"version": 1, "rule": (self.variance, self.center, self.stack), "about": about}
-        state |= {"bases": self.bases, "coefficients": self.coefficients}
+            tensors.append(tensor)
+            return {"\0": len(tensors) - 1}
+        for layer, bases in self.bases.items():
+            held = self.coefficients[layer]  # side by side: fewer tensors load faster
+            ranks = [pair[0].shape[1] for pair in held.values()]
+            eps = [torch.cat(side, 1) for side in zip(*held.values())]
+            layers.append((layer, bases, list(held), ranks, eps))
+        state = {"version": 1, "rule": (self.variance, self.center, self.stack), "layers": layers}
+        state |= {"about": self.about, "router": self.router and vars(self.router)}
         text = json.dumps(state, default=number)
-        specs = {  # safetensors.torch.save would need numpy
-            str(i): safetensors.TensorSpec(
-                dtype=str(t.dtype)[6:], shape=t.shape, data_ptr=t.data_ptr(), data_len=t.nbytes
-            )
-            for i, t in enumerate(tensors)
-        }
-        raw = safetensors.serialize(specs, {"share": text, "crc32": "0" * 8})
-        beside = path.with_name(path.name + ".part")
-        beside.write_bytes(CRC.sub(b'"crc32":"%08x"' % zlib.crc32(raw), raw, count=1))
-        beside.replace(path)
+        raw = _serialize(dict(enumerate(tensors)), {"share": text, "crc32": "0" * 8})
+        _write(path, CRC.sub(b'"crc32":"%08x"' % zlib.crc32(raw), raw, count=1))
 
     @classmethod
     def load(cls, path):
         """Read what `save` wrote; ValueError for any other file, or if a single bit has changed."""
         raw = Path(path).read_bytes()
         found, zeroed = CRC.search(raw), CRC.sub(b'"crc32":"00000000"', raw, count=1)
-        if not found or int(found[1], 16) != zlib.crc32(zeroed):
-            raise ValueError(f"{path} is not a Share file, or is damaged")
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        whole = found and int(found[1], 16) == zlib.crc32(zeroed)
+        _require(whole, f"{path} is not a Share file, or is damaged")
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
         tensors = safetensors.torch.load(raw)
-        state = json.loads(
-            header["__metadata__"]["share"],
-            object_hook=lambda d: tensors[str(n)] if isinstance(n := d.get("tensor"), int) else d,
-        )
-        if state["version"] != 1:
-            raise ValueError(f"{path} has version {state['version']!r}; this code reads version 1")
+        hook = lambda d: tensors.get(str(d.get("\0")), d)
+        state = json.loads(header["share"], object_hook=hook)
+        _require(state["version"] == 1, f"{path} is of version {state['version']!r}, not 1")
         share = cls(*state["rule"])
-        share.bases.update(state["bases"])
-        share.coefficients.update(state["coefficients"])
-        for task, (energy, extras, config) in state["about"].items():
-            share.about[task] = energy, extras, json.loads(config)
+        share.about.update({task: tuple(about) for task, about in state["about"].items()})
+        for layer, bases, tasks, ranks, eps in state["layers"]:
+            share.bases[layer] = tuple(bases)
+            sides = [side.split(ranks, 1) for side in eps]
+            share.coefficients[layer] = dict(zip(tasks, zip(*sides)))
+        share.router = state["router"] and Router(**state["router"])
         return share
+
+
+def _serialize(tensors, metadata):
+    """A .safetensors file's bytes; safetensors.torch.save would need numpy."""
+    tensors = {str(name): t.detach().cpu().contiguous() for name, t in tensors.items()}
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=str(t.dtype)[6:], shape=t.shape, data_ptr=t.data_ptr(), data_len=t.nbytes
+        )
+        for name, t in tensors.items()
+    }
+    return safetensors.serialize(specs, metadata)
+
+
+def _write(path, content):
+    """Write beside the file and move over it, so that a crash leaves the old one."""
+    beside = Path(f"{path}.part")
+    beside.write_bytes(content)
+    beside.replace(path)
 
 
 def _about(adapter):
@@ -437,82 +443,73 @@ def _about(adapter):
     return adapter.energy(), extras, copy.deepcopy(adapter.config)
 
 
-def _hook(*_):
-    """With a hook on a layer, nn.TransformerEncoderLayer calls it instead of taking a fast path."""
-
-
-class ShareLinear(nn.Module):
+class ShareLinear(nn.Linear):
     """h = W0 x + (beta eps_beta)(alpha eps_alpha)^T x for the selected task; (..., d) -> (..., n).
 
-    The brackets are formed first: each token then costs what a rank-p LoRA costs, whatever k is.
-    The state_dict is the nn.Linear's; bases and coefficients live in the share and move along.
+    `Share.attach` makes it by changing the class of an nn.Linear, whose parameters, hooks and names
+    in the state_dict stay. Bases and coefficients live in the share and move along.
     """
 
-    def __init__(self, base, share, layer, frozen=()):
-        super().__init__()
-        self.weight, self.bias, self.base = base.weight, base.bias, [base]  # a list: no submodule
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.share, self.layer, self.frozen = share, layer, frozen  # frozen: thawed by detach
-        self.register_forward_pre_hook(_hook)
-        self._apply(lambda t: t)
+    def hook(self, inputs):
+        """Does nothing: but with it nn.TransformerEncoderLayer takes no path around `forward`."""
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.share.move(self.layer, self.weight.device)  # but no model.half(): that would round
+        share, layer, device = self.share, self.layer, self.weight.device
+        share.bases[layer] = tuple(basis.to(device) for basis in share.bases[layer])
+        for task, pair in share.coefficients[layer].items():  # but no half(): that would round
+            share.coefficients[layer][task] = tuple(eps.to(device) for eps in pair)
         return self
 
     def forward(self, x):
-        out, task = F.linear(x, self.weight, self.bias), self.share.selected
+        out, task = super().forward(x), self.share.selected
         if task is None:
             return out
+        if isinstance(task, tuple):
+            return out.add_(self.mixed(x, task).to(out.dtype))
         pair = task(self.layer) if callable(task) else self.share.factors(self.layer, task)
-        if pair is None:
+        if not pair:
             return out
-        left, right = pair
-        return out + (x.to(right.dtype) @ right @ left.T).to(out.dtype)
+        left, right = pair  # formed first: a token then costs what a rank-p LoRA costs, for any k
+        return out.add_((x.to(right.dtype) @ right @ left.T).to(out.dtype))
 
-    def linear(self, task=None):
-        """The nn.Linear as it was, or a copy with the task's ΔW folded in, rounded once."""
-        linear = self.base[0]
-        linear.weight, linear.bias = self.weight, self.bias
-        pair = None if task is None else self.share.factors(self.layer, task)
-        if pair is not None:
-            linear = copy.deepcopy(linear)
-            linear.weight.data = (self.weight + pair[0] @ pair[1].T).detach().to(self.weight.dtype)
-        return linear
+    def mixed(self, x, tasks):
+        """Each sample's own update of x (b, ..., d), with one product with alpha, one with beta."""
+        sizes = f"{len(tasks)} tasks are selected; the batch has {len(x)} samples"
+        _require(len(x) == len(tasks), sizes)
+        beta, alpha = self.share.bases[self.layer]
+        none, held = (beta[:0].T, alpha[:0].T), self.share.coefficients[self.layer]
+        sides = zip(*(held.get(task, none) for task in tasks))
+        left, right = (pad_sequence([e.T for e in side], batch_first=True) for side in sides)
+        z = torch.einsum("b...k,bpk->b...p", x.to(alpha.dtype) @ alpha, right)  # p: the largest
+        return torch.einsum("b...p,bpk->b...k", z, left) @ beta.T
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(nn.Linear):
     """h = W0 x + B A x with W0 frozen (Hu et al. 2021): the baseline and the source of adapters."""
 
-    def __init__(self, base, r=8):
-        super().__init__()
-        (n, d), dtype = base.weight.shape, torch.promote_types(base.weight.dtype, torch.float32)
-        self.base = base
-        self.lora_A = nn.Parameter(torch.empty(r, d, dtype=dtype, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(n, r, dtype=dtype, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
-
     def forward(self, x):
-        out = self.base(x)
-        return out + (x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T).to(out.dtype)
+        out = super().forward(x)
+        return out.add_((x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T).to(out.dtype))
 
 
 def attach_lora(model, targets, r=8):
-    """Put a LoRALinear where an nn.Linear's name ends in one of `targets`, freeze all else.
+    """Make LoRALinear of each nn.Linear whose name ends in one of `targets`, freeze all else.
 
     Returns `model`. Raises ValueError for a target that ends no nn.Linear's name.
     """
     _check(r=r)
-    modules = model.named_modules(remove_duplicate=False)
-    linears = {name: m for name, m in modules if name and type(m) is nn.Linear}
-    found = {t: [name for name in linears if f".{name}".endswith(f".{t}")] for t in targets}
-    for target, names in found.items():
-        if not names:
-            raise ValueError(f"target {target!r} ends the name of no nn.Linear in the model")
+    linears = {f".{name}": m for name, m in model.named_modules() if type(m) is nn.Linear}
+    for target in targets:
+        found = any(name.endswith(f".{target}") for name in linears)
+        _require(found, f"target {target!r} ends the name of no nn.Linear in the model")
     model.requires_grad_(False)
-    for name in {name: None for names in found.values() for name in names}:
-        model.set_submodule(name, LoRALinear(linears[name], r))
+    for name, linear in linears.items():
+        if name.endswith(tuple(f".{target}" for target in targets)):
+            W0 = linear.weight.to(torch.promote_types(linear.weight.dtype, torch.float32))
+            A, B = W0.new_empty(r, linear.in_features), W0.new_zeros(linear.out_features, r)
+            linear.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=5**0.5))
+            linear.lora_B, linear.__class__ = nn.Parameter(B), LoRALinear
     return model
 
 
@@ -522,107 +519,185 @@ def lora_adapter(model):
     return Adapter({n: (m.lora_B.detach().clone(), m.lora_A.detach().clone()) for n, m in layers})
 
 
-@contextmanager
-def _training(share, model, extra):
-    """Training mode, gradients for `extra` alone; then all as before, if it fails `extra`, too."""
-    held = [(m._buffers, name, t) for m in model.modules() for name, t in m._buffers.items()]
-    buffers = [(where, name, t, t.clone()) for where, name, t in held if t is not None]
-    values = [(t, t.detach().clone()) for t in extra]
-    flags = [(q, q.requires_grad, q.grad) for q in {*model.parameters(), *extra}]
-    modes, selected = [(m, m.training) for m in model.modules()], share.selected
-    try:
-        model.train()
-        for q, _, _ in flags:
-            q.requires_grad_(any(q is e for e in extra)).grad = None
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for t, before in values:
-                t.copy_(before)
-        raise
-    finally:
-        for where, name, t, before in buffers:
-            where[name] = t.copy_(before)
-        for q, requires_grad, grad in flags:
-            q.requires_grad_(requires_grad).grad = grad
-        for m, mode in modes:
-            m.training = mode
-        share.selected = selected if selected in share.coefficients else None
-
-
 def train_coefficients(
     share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1e-2, sigma=0.03,
     extra_parameters=(), finetune=False, grow=False, on_step=None,
 ):
     """Phase 2: learn a task by coefficients alone; returns each step's loss (before any merge).
 
-    model: `share.attach` was called on it. batches: whatever loss_fn(model, batch) -> scalar takes,
-    each a step of Adam at rate lr. p: pseudo-rank. The coefficients start as N(0, sigma²) on both
-    sides: with both zero every gradient would be zero. phi: temporary columns, trained too, fewer
-    than the largest basis has; phi > 0 ends in `Share.merge` (with `grow`: all of the residual).
-    extra_parameters: what else to train, as an optimizer takes it (tensors, or groups with an lr).
-    finetune: go on with a task that exists, at its p. on_step(step, loss): called after each step.
+    model: `share.attach` was called on it; it stays in its mode (model.train() gives dropout).
+    batches: whatever loss_fn(model, batch) -> scalar takes, each a step of Adam at rate lr. p:
+    pseudo-rank. sigma: coefficients start as N(0, sigma²) on both sides; with both zero every
+    gradient would be zero. phi: temporary columns, fewer than the largest basis has, trained too;
+    phi > 0 ends in `Share.merge` (with `grow`: of all the residual). extra_parameters: what else to
+    train, as an optimizer takes it (tensors, or groups with an lr). finetune: go on with a task
+    that exists, at its p. on_step(step, loss): called after each step.
 
-    Afterwards selection, modes, buffers, requires_grad and .grad are as before, and so, after a
-    failure or Ctrl-C, are share and extra parameters. Raises ValueError for an argument out of
-    range, a model that is not attached, no batch, or a loss that is NaN or infinite.
+    Afterwards selection, buffers, requires_grad and .grad are as before, and after a failure or
+    Ctrl-C so are share and extra parameters. Raises ValueError for an argument out of range, a
+    model that is not attached, no batch, or a number that becomes NaN or infinite.
     """
     attached = {m.layer for m in model.modules() if isinstance(m, ShareLinear) and m.share is share}
-    if missing := share.bases.keys() - attached:
-        raise ValueError(f"layers {sorted(missing)} are not attached; share.attach(model) does it")
+    missing = sorted(share.bases.keys() - attached)
+    _require(not missing, f"layers {missing} are not attached; share.attach(model) does it")
     _check(p=p)
-    largest = max(basis.shape[1] for pair in share.bases.values() for basis in pair)
-    if type(phi) is not int or not 0 <= phi < max(largest, 1) or (phi and finetune):
-        raise ValueError(f"phi is {phi!r}; it takes 0, or less than {largest} unless finetune")
-    if not sigma > 0:
-        raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
-    learned, columns, rest = {}, {}, ()
-    for layer, bases in share.bases.items():  # for each side (k + phi, p) and (n, phi)
+    largest = max((basis.shape[1] for pair in share.bases.values() for basis in pair), default=1)
+    fits = phi == 0 or (type(phi) is int and 0 < phi < largest and not finetune)
+    _require(fits, f"phi is {phi!r}; it takes 0, or less than {largest} unless finetune")
+    _require(sigma > 0, f"sigma is {sigma!r}; it takes a number above 0")
+    learned, columns, rest = {}, {}, ()  # of each layer, for each side: (k + phi, p) and (n, phi)
+    for layer, bases in share.bases.items():
         learned[layer] = [sigma * torch.randn(b.shape[1] + phi, p).to(b) for b in bases]
         columns[layer] = [torch.randn(len(b), phi).to(b) / math.sqrt(len(b)) for b in bases]
     if finetune:
-        learned = {n: [e.clone() for e in pair] for n, pair in share.coefficients[task].items()}
         rest = share.about[task][1:]
+        held = {layer: eps[task] for layer, eps in share.coefficients.items() if task in eps}
+        learned = {layer: [e.clone() for e in pair] for layer, pair in held.items()}
     else:
         share._check_new(task)
 
-    def factors(layer):  # as Share.factors: (n, p) and (d, p), or None
+    def factors(layer):  # as Share.factors
         sides = zip(share.bases[layer], learned.get(layer, ()), columns[layer])
-        if phi:
-            return [b @ eps[:-phi] + new @ eps[-phi:] for b, eps, new in sides]
-        return [b @ eps for b, eps, _ in sides] or None
+        return [b @ e[: b.shape[1]] + new @ e[b.shape[1] :] for b, e, new in sides]
 
+    own = [t.requires_grad_() for ts in (*learned.values(), *columns.values()) for t in ts]
     extra = list(extra_parameters)
     groups = extra if extra and isinstance(extra[0], dict) else [{"params": extra}]
-    own = [t.requires_grad_() for ts in (*learned.values(), *columns.values()) for t in ts]
     optimizer, losses = torch.optim.Adam([{"params": own}, *groups], lr=lr), []
-    extra = [q for group in optimizer.param_groups[1:] for q in group["params"]]
-    with _training(share, model, extra):
+    trained = [q for group in optimizer.param_groups for q in group["params"]]
+    before = [(q, q.requires_grad, q.grad, q.detach().clone()) for q in trained[len(own) :]]
+    buffers, selected = [(t, t.clone()) for t in model.buffers()], share.selected
+    try:
+        for q in trained:
+            q.requires_grad_()
         for step, batch in enumerate(batches):
             share.selected = factors  # each time: on_step may select, to look at other tasks
-            optimizer.zero_grad()
             loss = loss_fn(model, batch)
-            if not loss.isfinite():
-                raise ValueError(f"step {step}: the loss is {loss.item()}")
-            loss.backward()
+            _require(loss.isfinite(), f"step {step}: the loss is {loss.item()}")
+            optimizer.zero_grad()
+            loss.backward(inputs=trained)  # whatever else requires gradients gets none
             optimizer.step()
             losses.append(loss.item())
             if on_step is not None:
                 on_step(step, losses[-1])
-        if not losses:
-            raise ValueError("batches is empty; it takes one or more")
-        if not all(t.isfinite().all() for t in (*own, *extra)):
-            raise ValueError(f"step {step}: a trained number is NaN or infinite")
+        _require(losses, "batches is empty; it takes one or more")
+        finite = all(q.isfinite().all() for q in trained)
+        _require(finite, f"step {step}: a trained number is NaN or infinite")
         with torch.no_grad():
             pairs = {layer: factors(layer) for layer in learned}
-        pairs = {layer: (left, right.T) for layer, (left, right) in pairs.items()}
-        adapter = Adapter(pairs, *rest)
+        adapter = Adapter({n: (left, right.T) for n, (left, right) in pairs.items()}, *rest)
         if phi:
             share.merge({task: adapter}, variance=1.0 if grow else None, grow=grow)
         else:
-            eps = {layer: tuple(e.detach() for e in pair) for layer, pair in learned.items()}
-            share.coefficients[task], share.about[task] = eps, _about(adapter)
+            share.about[task] = _about(adapter)
+            for layer, pair in learned.items():
+                share.coefficients[layer][task] = tuple(e.detach() for e in pair)
+    except BaseException:
+        for q, _, _, value in before:
+            q.data.copy_(value)
+        raise
+    finally:
+        for q, requires_grad, grad, _ in before:
+            q.requires_grad_(requires_grad).grad = grad
+        for t, value in buffers:  # statistics of BatchNorm, which all tasks share
+            t.copy_(value)
+        share.selected = selected
     return losses
+
+
+def load_peft(directory):
+    """The Adapter in a PEFT directory: adapter_config.json and adapter_model.safetensors.
+
+    PEFT's scaling is folded into B: lora_alpha / r, or / √r with use_rslora. Other tensors (heads,
+    biases) become extras under their names in the file; the config is kept as read. Raises
+    FileNotFoundError; ValueError, which names the directory, for damage and all but plain LoRA.
+    """
+    directory, pairs, factors, extras = Path(directory), {}, {}, {}
+    text = (directory / "adapter_config.json").read_bytes()
+    raw = (directory / "adapter_model.safetensors").read_bytes()
+    try:
+        config, tensors = json.loads(text), safetensors.torch.load(raw)
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{directory} is damaged: {error}") from None
+    names = ("peft_type", "init_lora_weights", *PEFT_VARIANTS)
+    found = {name: config[name] for name in names if config.get(name) not in (None, False)}
+    start = found.get("init_lora_weights", True) in (True, "gaussian", "eva", "orthogonal")
+    plain = found.get("peft_type") == "LORA" and start and found.keys().isdisjoint(PEFT_VARIANTS)
+    _require(plain, f"{directory} is no plain LoRA on an unchanged model: {found}")
+    for name, tensor in tensors.items():
+        if found := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name):
+            pairs.setdefault(found[1], {})[found[2]] = tensor
+        else:
+            _require(".lora_" not in name, f"{directory}: {name!r} is no factor of a linear layer")
+            extras[name] = tensor
+    _require(pairs, f"{directory} has no LoRA weights")
+    for layer, pair in pairs.items():
+        shapes = {side: tuple(tensor.shape) for side, tensor in pair.items()}
+        B, A = (pair.get(side, torch.empty(0)) for side in "BA")
+        fits = B.dim() == A.dim() == 2 and B.shape[1] == len(A)
+        _require(fits, f"{directory}, layer {layer!r}: {shapes} are not A (r, d) and B (n, r)")
+        patterns = (config.get("alpha_pattern") or {}).items()  # PEFT takes the first that matches
+        matching = (value for key, value in patterns if re.match(rf"(.*\.)?({key})$", layer))
+        scale = next(matching, config.get("lora_alpha", 8))
+        scale /= math.sqrt(len(A)) if config.get("use_rslora") else len(A)
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        factors[layer] = B.to(dtype) * scale, A.to(dtype)
+    return Adapter(factors, extras, config)
+
+
+def save_peft(adapter, directory):
+    """Write an Adapter as a directory for PEFT and what serves PEFT adapters.
+
+    Its config is kept, but for how ΔW is scaled; without one, target_modules are its layers.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    ranks = {f"^{re.escape(layer)}": len(A) for layer, (_, A) in adapter.factors.items()}
+    r = max(ranks.values())
+    config = {"target_modules": list(adapter.factors), **adapter.config, "peft_type": "LORA"}
+    config |= {"r": r, "lora_alpha": r, "use_rslora": False}
+    config |= {"rank_pattern": ranks, "alpha_pattern": ranks}
+    tensors = dict(adapter.extras)
+    for layer, pair in adapter.factors.items():
+        tensors |= {f"base_model.model.{layer}.lora_{s}.weight": t for s, t in zip("BA", pair)}
+    _write(directory / "adapter_model.safetensors", _serialize(tensors, {"format": "pt"}))
+    _write(directory / "adapter_config.json", json.dumps(config, indent=2).encode())
+
+
+@dataclass
+class Router:
+    """Picks the task when nobody names it: the nearest class mean, the base when none is near.
+
+    Distances are Euclidean after each feature is divided by `scale` (f,), its standard deviation
+    within a task. tasks: names in the order of `means` (t, f). radius: the largest distance that
+    is near. Kept as `share.router` it is saved along (ours; the paper takes the task as known).
+    """
+
+    tasks: list[str]
+    means: Tensor
+    scale: Tensor
+    radius: float
+
+    @classmethod
+    def fit(cls, features):
+        """From {task: features (N, f)}, N >= 2; keeps none of them. 98 % of them are near."""
+        for task, x in features.items():
+            fits = x.dim() == 2 and len(x) > 1 and x.isfinite().all()
+            _require(fits, f"task {task!r}: features {tuple(x.shape)} are not finite (N >= 2, f)")
+        means = torch.stack([x.mean(0) for x in features.values()])
+        apart = [(x - x.mean(0)) * (len(x) / (len(x) - 1)) for x in features.values()]
+        apart = torch.cat(apart)  # of each sample, from the mean of the others of its task
+        scale = apart.square().mean(0).sqrt().clamp_min(1e-12)
+        radius = torch.quantile((apart / scale).norm(dim=1), 0.98)
+        return cls(list(features), means, scale, float(radius))
+
+    def route(self, features):
+        """features (N, f) -> for each sample its task or None, as `Share.select` takes them."""
+        widths = f"features of {features.shape[-1]} numbers; the router takes {len(self.scale)}"
+        _require(features.shape[1:] == self.scale.shape, widths)
+        x, means = features.to(self.means) / self.scale, self.means / self.scale
+        distances, nearest = torch.cdist(x, means).min(1)
+        return [self.tasks[i] if d <= self.radius else None for d, i in zip(distances, nearest)]
 
 
 class ToyTransformer(nn.Module):
@@ -633,13 +708,12 @@ class ToyTransformer(nn.Module):
         sizes = dict.fromkeys("qkvo", (width, width))
         sizes |= {"up": (width, 4 * width), "down": (4 * width, width)}
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
-            for _ in range(depth)
-        )
+        block = lambda: nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.heads, self.head = heads, nn.Linear(width, vocabulary)
 
-    def forward(self, tokens):
+    def hidden(self, tokens):
+        """What the head sees, (batch, T, width): features for a Router, averaged over T."""
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
         for block in self.blocks:
             y = F.layer_norm(x, x.shape[-1:])
@@ -647,4 +721,7 @@ class ToyTransformer(nn.Module):
             y = F.scaled_dot_product_attention(*qkv, is_causal=True)  # (batch, heads, T, head size)
             x = x + block["o"](y.transpose(1, 2).flatten(2))
             x = x + block["down"](F.gelu(block["up"](F.layer_norm(x, x.shape[-1:]))))
-        return self.head(F.layer_norm(x, x.shape[-1:]))
+        return F.layer_norm(x, x.shape[-1:])
+
+    def forward(self, tokens):
+        return self.head(self.hidden(tokens))

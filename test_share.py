@@ -5,7 +5,9 @@ like the paper. Equality is claimed in float64. Refusals stand beside what is ac
 """
 
 import copy
+import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,16 @@ import train
 from share import (
     Adapter,
     LoRALinear,
+    Router,
     Share,
     ShareLinear,
     ToyTransformer,
+    _serialize,
     attach_lora,
     build_basis,
+    load_peft,
     lora_adapter,
+    save_peft,
     train_coefficients,
 )
 
@@ -72,8 +78,7 @@ def slow_basis(stack, variance, center=True, least=0):
     basis = torch.linalg.qr(torch.cat([U[:, :k], mean], 1)).Q if center else U[:, :k]
     if basis.shape[1] >= least:
         return basis
-    weighted = torch.cat([U[:, :least] * S[:least], mean * stack.shape[1] ** 0.5 * center], 1)
-    return torch.linalg.svd(weighted).U[:, :least]
+    return torch.linalg.svd(stack).U[:, :least]
 
 
 def stacks(adapters, layer):
@@ -235,7 +240,7 @@ def test_the_orthonormal_shortcut_agrees_with_the_pseudoinverse_of_any_basis():
         beta, _ = share.bases["first"]
         skewed = beta @ torch.randn(beta.shape[1], beta.shape[1], dtype=beta.dtype)
         general = torch.linalg.solve(skewed.T @ skewed, skewed.T @ B)
-        assert torch.allclose(share.coefficients[task]["first"][0], beta.T @ B, atol=1e-9)
+        assert torch.allclose(share.coefficients["first"][task][0], beta.T @ B, atol=1e-9)
         assert torch.allclose(skewed @ general, beta @ (beta.T @ B), atol=1e-6)
         assert not torch.allclose(skewed @ (skewed.T @ B), beta @ (beta.T @ B), atol=0.1)
 
@@ -252,7 +257,7 @@ def test_rank_p_coefficients_are_the_best_that_the_bases_allow(p):
             U, S, Vh = torch.linalg.svd(inside)
             best = U[:, :p] @ torch.diag(S[:p]) @ Vh[:p]
             assert relative(share.reconstruct(task).delta(layer), best) < 1e-6
-            assert share.coefficients[task][layer][0].shape == (beta.shape[1], p)
+            assert share.coefficients[layer][task][0].shape == (beta.shape[1], p)
 
 
 def test_stacked_updates_do_not_depend_on_how_an_update_is_split_or_on_its_size():
@@ -305,7 +310,7 @@ def test_extras_and_config_travel_with_their_task():
     assert back.config == {"task_type": "SEQ_CLS"} and share.reconstruct("b").config == {}
     without = share.num_parameters("b")
     assert share.num_parameters("a") == 12 + sum(
-        e.numel() for pair in share.coefficients["a"].values() for e in pair
+        e.numel() for eps in share.coefficients.values() for e in eps["a"]
     )
     assert without > 0
 
@@ -327,7 +332,7 @@ def test_a_removed_task_is_gone_and_the_others_keep_their_updates():
         (lambda B, A: (B[:, :-1], A), r"not \(n, r\)"),
         (lambda B, A: (B[:, :0], A[:0]), r"not \(n, r\)"),
         (lambda B, A: (B * float("inf"), A), "NaN or infinity"),
-        (lambda B, A: (B, A + 0j), "not real numbers"),
+        (lambda B, A: (B, A + 0j), "not real"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_by_name_and_nothing_changes(change, words):
@@ -610,8 +615,8 @@ def test_a_task_that_lacks_a_layer_leaves_it_alone():
 def test_attach_refuses_a_layer_by_name_and_changes_nothing():
     share = Share.from_adapters(make_adapters("ab"))
     for layer, other, words in (
-        ("second", None, "is not in the model"),
-        ("second", nn.Conv1d(3, 3, 1), "is Conv1d, no plain nn.Linear"),
+        ("second", None, "of the model is None, no plain nn.Linear"),
+        ("second", nn.Conv1d(3, 3, 1), r"of the model is Conv1d.*, no plain nn.Linear"),
         ("second", nn.Linear(12, 41), r"is \(41, 12\), its bases \(40, 12\)"),
     ):
         model = Net()
@@ -623,7 +628,7 @@ def test_attach_refuses_a_layer_by_name_and_changes_nothing():
         assert type(model.first) is nn.Linear and model.first.weight.requires_grad
     model = Net()
     share.attach(model)
-    with pytest.raises(ValueError, match="is ShareLinear"):
+    with pytest.raises(ValueError, match="ShareLinear.*, no plain nn.Linear"):
         Share.from_adapters(make_adapters("ab")).attach(model)
     attention = nn.MultiheadAttention(6, 1)  # reads its out_proj's weight and never calls it
     adapter = make_adapters("a", shapes={"out_proj": (6, 6)})
@@ -646,24 +651,31 @@ def test_attaching_again_adds_the_layers_that_a_merge_brought():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_one_linear_under_two_names_has_an_adapter_for_each_and_one_parent_refuses_two():
+def test_a_linear_used_in_two_places_has_one_adapter_and_refuses_a_second():
     shared = nn.Linear(6, 6).double()
     model = nn.ModuleDict({"x": shared, "y": shared})
-    share = Share.from_adapters(make_adapters("a", shapes={"x": (6, 6), "y": (6, 6)}))
+    share = Share.from_adapters(make_adapters("a", shapes={"x": (6, 6)}))
     share.attach(model)
     share.select("a")
     v = torch.randn(2, 6, dtype=torch.float64)
-    adapter = share.reconstruct("a")
-    expected = {name: shared(v) + v @ adapter.delta(name).T for name in "xy"}
-    assert all(torch.allclose(model[name](v), expected[name]) for name in "xy")
-    share.detach(model, "a")
-    assert all(torch.allclose(model[name](v), expected[name]) for name in "xy")
-    block = nn.ModuleDict({"q": nn.Linear(6, 6)})
-    twice = nn.ModuleDict({"0": block, "1": block})
-    share = Share.from_adapters(make_adapters("a", shapes={"0.q": (6, 6), "1.q": (6, 6)}))
-    with pytest.raises(ValueError, match="second name"):
-        share.attach(twice)
-    assert type(block["q"]) is nn.Linear
+    expected = nn.functional.linear(v, shared.weight + share.reconstruct("a").delta("x"), shared.bias)
+    assert all(torch.allclose(model[name](v), expected) for name in "xy")
+    share.detach(model)
+    twice = Share.from_adapters(make_adapters("a", shapes={"x": (6, 6), "y": (6, 6)}))
+    with pytest.raises(ValueError, match="layer 'y' has a second name"):
+        twice.attach(model)
+    assert type(shared) is nn.Linear and shared.weight.requires_grad
+
+
+def test_hooks_of_a_linear_layer_are_called_while_attached():
+    share, model = attached()
+    seen = []
+    model.first.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    share.select("a")
+    y = model(batch())
+    assert len(seen) == 1 and seen[0].shape == (16, 20) and y.shape == (16, 40)
+    bare = share.detach(model).first
+    assert len(bare._forward_hooks) == 1 and not bare._forward_pre_hooks
 
 
 def test_a_fast_path_that_bypasses_linear_layers_is_not_taken():
@@ -700,12 +712,12 @@ def test_weights_that_were_assigned_while_attached_are_kept():
     assert torch.equal(model.first.weight, new["first.weight"])
 
 
-def test_moving_a_model_moves_its_share(monkeypatch):
+def test_moving_a_model_moves_its_share():
     share, model = attached()
-    moved = []
-    monkeypatch.setattr(share, "move", lambda layer, device: moved.append((layer, device.type)))
-    model.to(DEVICE)
-    assert moved == [("first", DEVICE), ("second", DEVICE)]
+    model.to("meta")
+    tensors = [t for pair in share.bases.values() for t in pair]
+    tensors += [t for eps in share.coefficients.values() for pair in eps.values() for t in pair]
+    assert len(tensors) == 12 and {t.device.type for t in tensors} == {"meta"}
 
 
 def test_half_precision_rounds_the_model_but_not_the_share():
@@ -783,7 +795,7 @@ def test_training_learns_and_moves_coefficients_alone():
     losses = train_coefficients(share, model, "new", [x] * 30, square_loss, lr=0.05)
     assert len(losses) == 30 and losses[-1] < losses[0]
     for layer, (beta, alpha) in share.bases.items():
-        shapes = [e.shape for e in share.coefficients["new"][layer]]
+        shapes = [e.shape for e in share.coefficients[layer]["new"]]
         assert shapes == [(beta.shape[1], 1), (alpha.shape[1], 1)]
     assert share.retained()["new"] == pytest.approx(1.0)
     share.select("new")
@@ -800,8 +812,8 @@ def test_training_is_adam_on_the_dense_formula():
     for name, lr in (("start", 0.0), ("end", 0.02)):
         torch.manual_seed(1)
         train_coefficients(share, model, name, x, square_loss, lr=lr)
-        runs[name] = share.coefficients[name]
-    plain = Net().to(DEVICE, torch.float64).train()
+        runs[name] = {layer: eps[name] for layer, eps in share.coefficients.items()}
+    plain = Net().to(DEVICE, torch.float64).eval()
     plain.load_state_dict(model.state_dict())
     start = runs["start"].items()
     eps = {layer: [e.clone().requires_grad_() for e in pair] for layer, pair in start}
@@ -825,14 +837,28 @@ def test_only_coefficients_and_extra_parameters_have_gradients_in_training():
     model.requires_grad_(True)  # thawed by somebody
     seen = {}
 
-    def loss(model, x):
-        seen.update({n: p.requires_grad for n, p in model.named_parameters()})
-        return square_loss(model, x)
+    def look(step, loss):
+        seen.update({n: p.grad is not None for n, p in model.named_parameters()})
 
     head = [model.middle.bias]
-    train_coefficients(share, model, "new", [batch()], loss, extra_parameters=head)
+    settings = {"extra_parameters": head, "on_step": look}
+    train_coefficients(share, model, "new", [batch()], square_loss, **settings)
     assert [name for name, on in seen.items() if on] == ["middle.bias"]
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_training_happens_in_the_mode_of_the_model_and_moves_no_batch_statistics(mode):
+    share, model = attached()
+    model.train(mode)
+    seen, before = [], model.norm.running_mean.clone()
+
+    def loss(model, x):
+        seen.append(model.norm.training)
+        return square_loss(model, x)
+
+    train_coefficients(share, model, "new", [batch()], loss)
+    assert seen == [mode] and torch.equal(model.norm.running_mean, before)
 
 
 def test_temporary_columns_are_trained():
@@ -876,10 +902,9 @@ def test_both_coefficient_matrices_have_gradients_at_the_first_step():
     for name, lr in (("still", 0.0), ("moved", 0.01)):
         torch.manual_seed(1)
         train_coefficients(share, model, name, [x], square_loss, lr=lr, p=2)
-        starts.append(share.coefficients[name])
-    for layer in SHAPES:
-        for still, moved in zip(starts[0][layer], starts[1][layer]):
-            assert still.std() > 0 and ((still - moved).abs() > 0.005).all()
+        starts.append([e for eps in share.coefficients.values() for e in eps[name]])
+    for still, moved in zip(*starts):
+        assert still.std() > 0 and ((still - moved).abs() > 0.005).all()
 
 
 @pytest.mark.parametrize("selected", [None, "b"])
@@ -951,13 +976,13 @@ def test_finetuning_goes_on_from_the_stored_coefficients_of_that_task_alone():
     model = share.attach(Net().to(DEVICE, torch.float64).eval())
     x, before = batch(), copy.deepcopy(share.coefficients)
     share.select("a")
-    start = float(square_loss(copy.deepcopy(model).train(), x))
+    start = float(square_loss(model, x))
     losses = train_coefficients(share, model, "a", [x] * 20, square_loss, finetune=True)
     assert losses[0] == pytest.approx(start) and losses[-1] < start
     for layer in SHAPES:
-        for e, old in zip(share.coefficients["a"][layer], before["a"][layer]):
+        for e, old in zip(share.coefficients[layer]["a"], before[layer]["a"]):
             assert e.shape == old.shape and not torch.equal(e, old.to(e))
-        for e, old in zip(share.coefficients["b"][layer], before["b"][layer]):
+        for e, old in zip(share.coefficients[layer]["b"], before[layer]["b"]):
             assert torch.equal(e, old.to(e))
     kept = share.reconstruct("a")
     assert kept.config == {"kept": True} and torch.equal(kept.extras["head"], torch.ones(2))
@@ -1019,29 +1044,107 @@ def test_on_step_reports_each_step_and_may_look_at_other_tasks():
     assert seen == list(enumerate(losses)) and losses[-1] < losses[0]
 
 
-def test_a_buffer_that_forward_replaces_and_a_selection_that_is_gone_are_restored():
-    share, model = attached()
-    model.register_buffer("seen", torch.zeros(()))
-    share.select("a")
-
-    def loss(model, x):
-        model.seen = model.seen + 1
-        return square_loss(model, x)
-
-    def forget(step, loss):
-        share.remove("a")
-
-    train_coefficients(share, model, "new", [batch()], loss, on_step=forget)
-    assert model.seen == 0 and share.selected is None
-
-
 def test_training_works_on_a_bfloat16_base():
     share = Share.from_adapters(make_adapters("ab", dtype=torch.float32))
     model = share.attach(Net().to(DEVICE, torch.bfloat16))
     x = batch(torch.bfloat16)
     losses = train_coefficients(share, model, "new", [x] * 20, square_loss, lr=0.05)
     assert losses[-1] < losses[0]
-    assert share.coefficients["new"]["first"][0].dtype == torch.float32
+    assert share.coefficients["first"]["new"][0].dtype == torch.float32
+
+
+# The average of tasks
+
+
+def test_the_average_is_the_best_fit_to_the_mean_of_the_updates():
+    adapters = make_adapters("abc")
+    del adapters["b"].factors["second"]
+    share = Share.from_adapters(adapters, variance=1.0)
+    share.average("abc", "all")
+    share.average(["a", "c"], "two", p=2)
+    for layer, tasks, name, p in (("first", "abc", "all", 9), ("second", "ac", "all", 7)):
+        mean = sum(adapters[t].delta(layer) for t in tasks) / 3  # a task without a layer adds 0
+        assert relative(share.reconstruct(name).delta(layer), mean) < 1e-6
+        assert share.coefficients[layer][name][0].shape[1] <= p
+    mean = (adapters["a"].delta("first") + adapters["c"].delta("first")) / 2
+    U, S, Vh = torch.linalg.svd(mean)
+    best = U[:, :2] @ torch.diag(S[:2]) @ Vh[:2]
+    assert relative(share.reconstruct("two").delta("first"), best) < 1e-6
+    assert share.tasks == ["a", "b", "c", "all", "two"]
+
+
+def test_an_adapter_and_its_mirror_image_average_to_themselves():
+    adapters = make_adapters("a")
+    mirror = {layer: (-B, -A) for layer, (B, A) in adapters["a"].factors.items()}
+    share = Share.from_adapters(adapters | {"b": Adapter(mirror)}, variance=1.0)
+    share.average("ab", "mean")
+    delta = adapters["a"].delta("first")
+    assert relative(share.reconstruct("mean").delta("first"), delta) < 1e-6
+    naive = sum(share.coefficients["first"][t][0] for t in "ab") / 2
+    assert naive.norm() < 1e-9  # the trap: coefficients averaged side by side
+
+
+def test_an_average_of_nothing_of_strangers_or_under_a_taken_name_is_refused():
+    share = Share.from_adapters(make_adapters("ab"))
+    for tasks, name, p, words in (
+        ([], "new", None, "has no LoRA factors"),
+        (["a", "x"], "new", None, "task 'x' is unknown"),
+        (["a", "b"], "a", None, "task 'a' exists"),
+        (["a", "b"], "new", 0, "p is 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            share.average(tasks, name, p)
+    assert share.tasks == ["a", "b"]
+
+
+# Mixed batches
+
+
+def test_each_sample_of_a_mixed_batch_gets_its_own_task():
+    adapters = make_adapters("abc", (3, 1, 2))
+    del adapters["b"].factors["second"]
+    share = Share.from_adapters(adapters, variance=0.9)
+    model = share.attach(Net().to(DEVICE, torch.float64).eval())
+    names = ["b", None, "a", "c", "a", None]
+    for x in (torch.randn(6, 30, dtype=torch.float64), torch.randn(6, 4, 5, 30).double()):
+        x, alone = x.to(DEVICE), []
+        run = model if x.dim() == 2 else model.first  # BatchNorm takes two dimensions
+        for sample, name in zip(x, names):
+            share.select(name)
+            alone.append(run(sample[None]))
+        share.select(names)
+        assert relative(run(x), torch.cat(alone)) < 1e-9
+    share.select([None] * 6)
+    assert torch.equal(model.first(x), nn.functional.linear(x, model.first.weight, model.first.bias))
+
+
+def test_a_mixed_batch_works_on_a_bfloat16_base():
+    share = Share.from_adapters(make_adapters("ab", dtype=torch.float32))
+    model = share.attach(Net().to(DEVICE, torch.bfloat16).eval())
+    x = batch(torch.bfloat16)[:2]
+    share.select("b")
+    expected = model(x)
+    share.select(["b", "b"])
+    assert model(x).dtype == torch.bfloat16
+    assert relative(model(x).float(), expected.float()) < 0.02
+
+
+def test_a_mixed_batch_of_the_wrong_size_or_with_a_stranger_is_refused():
+    share, model = attached()
+    share.select(["a", None, "b"])
+    assert model(batch()[:3]).shape == (3, 40)
+    with pytest.raises(ValueError, match="3 tasks are selected; the batch has 16 samples"):
+        model(batch())
+    with pytest.raises(ValueError, match="task 'x' is unknown"):
+        share.select(["a", "x"])
+    assert share.selected == ("a", None, "b")
+
+
+def test_a_general_set_trains_on_a_mixture_of_batches():
+    share, model = attached()
+    x = [batch() for _ in range(4)]
+    losses = train_coefficients(share, model, "general", x * 10, square_loss, lr=0.05)
+    assert len(losses) == 40 and losses[-1] < losses[0]
 
 
 # Files
@@ -1106,6 +1209,232 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         share.save(path)
     assert path.read_bytes() == before
+
+
+# PEFT directories
+
+
+LAYERS = {"model.layers.0.q_proj": (20, 30), "model.layers.1.q_proj": (20, 30), "lm_head": (7, 20)}
+
+
+def peft_directory(path, changes=(), tensors=(), dtype=torch.float32, r=4):
+    """A directory as PEFT writes it, whose config is changed; and its factors as they are stored."""
+    factors = {
+        layer: (torch.randn(n, r).to(dtype), torch.randn(r, d).to(dtype))
+        for layer, (n, d) in LAYERS.items()
+    }
+    save_peft(Adapter(factors, dict(tensors)), path)
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}
+    config |= {"base_model_name_or_path": "some/model", "bias": "none", **dict(changes)}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return factors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes, scaling",
+    [
+        ({}, [2, 2, 2]),
+        ({"use_rslora": True}, [4, 4, 4]),
+        ({"alpha_pattern": {"q_proj": 1}}, [0.25, 0.25, 2]),
+        ({"alpha_pattern": {"layers.0.q_proj": 1, "q_proj": 2}}, [0.25, 0.5, 2]),
+        ({"alpha_pattern": {r".*\.1\..*": 16, "^lm_head": 4}}, [2, 4, 1]),
+        ({"alpha_pattern": {"proj": 1, "m_head": 1, "q_pro": 1}}, [2, 2, 2]),
+        ({"alpha_pattern": {"q_proj": 2}, "use_rslora": True}, [1, 1, 4]),
+        ({"rank_pattern": {"q_proj": 4}, "r": 9}, [2, 2, 2]),
+    ],
+)
+def test_the_scaling_is_folded_in_as_peft_computes_it(tmp_path, changes, scaling, dtype):
+    stored = peft_directory(tmp_path / "a", changes, dtype=dtype)
+    adapter = load_peft(tmp_path / "a")
+    for (layer, (B, A)), scale in zip(stored.items(), scaling):
+        assert torch.allclose(adapter.delta(layer), scale * (B.float() @ A.float()), atol=1e-4)
+        assert adapter.factors[layer][0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("r", [1, 7, 20, 50])
+def test_a_peft_directory_goes_through_a_share_file_and_out_again(tmp_path, r):
+    extras = {"base_model.model.head.weight": torch.randn(3, 2).half()}
+    peft_directory(tmp_path / "in", {"lora_alpha": 3}, extras, r=r)
+    adapter = load_peft(tmp_path / "in")
+    adapter.factors["lm_head"][0].zero_()
+    others = make_adapters("b", shapes={"lm_head": (7, 20)}, dtype=torch.float32)
+    Share.from_adapters({"a": adapter, **others}, variance=1.0).save(tmp_path / "share")
+    save_peft(Share.load(tmp_path / "share").reconstruct("a"), tmp_path / "out")
+    back = load_peft(tmp_path / "out")
+    for layer in LAYERS:
+        error = (back.delta(layer) - adapter.delta(layer)).norm()
+        assert error <= 1e-5 * adapter.delta(layer).norm()
+    assert back.extras.keys() == extras.keys()
+    assert all(torch.equal(back.extras[n], t) and back.extras[n].dtype == t.dtype for n, t in extras.items())
+    for key in ("base_model_name_or_path", "target_modules", "bias"):
+        assert back.config[key] == adapter.config[key]
+
+
+def test_a_written_directory_says_each_layers_rank_and_nothing_else_of_scaling(tmp_path):
+    factors = {"a.q": (torch.randn(5, 3), torch.randn(3, 4)), "b.q": (torch.randn(5, 1), torch.randn(1, 4))}
+    save_peft(Adapter(factors, config={"use_rslora": True, "init_lora_weights": "eva"}), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {r"^a\.q": 3, r"^b\.q": 1}
+    assert not config["use_rslora"] and config["target_modules"] == ["a.q", "b.q"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert relative(load_peft(tmp_path).delta("b.q"), factors["b.q"][0] @ factors["b.q"][1]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"peft_type": "LOHA"}, {"init_lora_weights": "pissa"}]
+    + [{name: True} for name in ("use_dora", "lora_bias", "use_qalora", "target_parameters")]
+    + [{"layer_replication": [[0, 1]]}, {"alora_invocation_tokens": [1]}],
+)
+def test_what_is_not_plain_lora_is_refused_by_directory_and_reason(tmp_path, changes):
+    peft_directory(tmp_path / "a", {"use_dora": False, "init_lora_weights": "gaussian"})
+    load_peft(tmp_path / "a")
+    peft_directory(tmp_path / "a", changes)
+    with pytest.raises(ValueError, match=f"a is no plain LoRA .*{next(iter(changes))}"):
+        load_peft(tmp_path / "a")
+
+
+def test_a_peft_directory_with_other_tensors_is_refused_by_name(tmp_path):
+    prefix = "base_model.model.q_proj.lora_"
+    cases = {
+        f"{prefix}magnitude_vector": (torch.ones(3), "magnitude_vector' is no factor"),
+        f"{prefix}embedding_A": (torch.ones(3, 3), "embedding_A' is no factor"),
+        f"{prefix}B.bias": (torch.ones(3), "B.bias' is no factor"),
+        f"{prefix}B.weight": (torch.ones(3, 3), r"layer 'q_proj': .* are not A \(r, d\) and B"),
+    }
+    for name, (tensor, words) in cases.items():
+        peft_directory(tmp_path, tensors={name: tensor})
+        with pytest.raises(ValueError, match=words):
+            load_peft(tmp_path)
+    for A, B in ((torch.ones(2, 3), torch.ones(4, 3)), (torch.ones(2, 3, 1, 1), torch.ones(4, 2, 1, 1))):
+        peft_directory(tmp_path, tensors={f"{prefix}A.weight": A, f"{prefix}B.weight": B})
+        with pytest.raises(ValueError, match="layer 'q_proj'"):
+            load_peft(tmp_path)
+
+
+def test_a_peft_directory_that_is_damaged_or_missing_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="adapter_config.json"):
+        load_peft(tmp_path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        peft_directory(tmp_path)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-3])
+        with pytest.raises(ValueError, match=f"{tmp_path.name} is damaged"):
+            load_peft(tmp_path)
+        (tmp_path / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            load_peft(tmp_path)
+    peft_directory(tmp_path)
+    save = {"base_model.model.head.weight": torch.ones(2)}
+    (tmp_path / "adapter_model.safetensors").write_bytes(_serialize(save, {}))
+    with pytest.raises(ValueError, match="has no LoRA weights"):
+        load_peft(tmp_path)
+
+
+# Against the real PEFT, where it is installed
+
+
+def random_peft_model(kind):
+    """A transformers model with random weights, its input, and a config of LoRA adapters for it."""
+    peft = pytest.importorskip("peft", reason="peft is not installed; .ci/run checks this against it")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = torch.randint(50, (3, 7))
+    if kind == "bert":
+        config = transformers.BertConfig(**sizes, intermediate_size=48, num_labels=3)
+        model = transformers.BertForSequenceClassification(config)
+        lora = {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}
+        lora |= {"r": 4, "lora_alpha": 6, "alpha_pattern": {"0.attention.self.query": 3}}
+    else:
+        config = transformers.LlamaConfig(**sizes, intermediate_size=48, num_key_value_heads=1)
+        model = transformers.LlamaForCausalLM(config)
+        lora = {"target_modules": ["q_proj", "k_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+        lora |= {"r": 40, "lora_alpha": 5, "use_rslora": True, "rank_pattern": {"k_proj": 2}}
+    return peft, model.eval(), tokens, lora
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_real_peft_reads_what_we_write_and_gives_the_same_outputs(tmp_path, kind):
+    warnings.simplefilter("ignore")  # theirs
+    peft, base, tokens, settings = random_peft_model(kind)
+    adapters, expected = {}, {}
+    for name in ("one", "two"):
+        wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings)).eval()
+        for key, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.2)
+        wrapped.save_pretrained(tmp_path / name)
+        adapters[name], expected[name] = load_peft(tmp_path / name), wrapped(tokens).logits
+    exact = Share.from_adapters(adapters, variance=1.0)
+    rough = Share.from_adapters(adapters, variance=0.6, p=2)
+    for share in (exact, rough):
+        model = share.attach(copy.deepcopy(base))
+        for name in adapters:
+            back = share.reconstruct(name)
+            save_peft(back, tmp_path / "out")
+            written = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval()
+            prefix = "base_model.model."
+            head = {n.removeprefix(prefix): t for n, t in back.extras.items()}
+            assert not model.load_state_dict(head, strict=False).unexpected_keys
+            share.select(name)
+            assert relative(written(tokens).logits, model(tokens).logits) < 1e-5
+            if share is exact:
+                assert relative(written(tokens).logits, expected[name]) < 1e-5
+            assert back.config["target_modules"] == load_peft(tmp_path / "out").config["target_modules"]
+
+
+# Router
+
+
+def gaussian_classes(f, count, apart=6.0):
+    """Means at least `apart` standard deviations from each other."""
+    means = []
+    while len(means) < count:
+        mean = apart * torch.randn(f)
+        if all((mean - other).norm() >= apart for other in means):
+            means.append(mean)
+    return means
+
+
+@pytest.mark.parametrize("f", [4, 16])
+def test_the_router_knows_its_classes_and_sends_strangers_to_the_base(f):
+    spread = torch.rand(f) + 0.5  # features of different sizes
+    *means, stranger = gaussian_classes(f, 9)
+    draw = lambda mean, n: (mean + torch.randn(n, f)) * spread
+    router = Router.fit({f"task {i}": draw(mean, 60) for i, mean in enumerate(means)})
+    right = [router.route(draw(mean, 200)).count(f"task {i}") for i, mean in enumerate(means)]
+    assert sum(right) / 1600 >= 0.95
+    assert router.route(draw(stranger, 400)).count(None) / 400 >= 0.95
+    nan = torch.full((1, f), float("nan"))
+    assert router.route(nan) == [None]
+
+
+def test_a_router_is_worked_out_by_hand():
+    features = {"a": torch.tensor([[1.0], [3.0]]), "b": torch.tensor([[11.0], [13.0]])}
+    router = Router.fit(features)
+    assert router.means.tolist() == [[2.0], [12.0]]
+    assert router.scale.tolist() == [2.0] and router.radius == pytest.approx(1.0)
+    assert router.route(torch.tensor([[0.1], [3.9], [7.0], [13.9]])) == ["a", "a", None, "b"]
+
+
+def test_a_router_is_saved_and_loaded_with_the_share(tmp_path):
+    share = Share.from_adapters(make_adapters("ab"))
+    assert share.router is None
+    share.router = Router.fit({t: torch.randn(20, 3) + 9 * i for i, t in enumerate("ab")})
+    share.save(tmp_path / "s")
+    loaded, x = Share.load(tmp_path / "s"), torch.randn(50, 3) * 9
+    assert loaded.router.route(x) == share.router.route(x)
+    assert loaded.router.radius == share.router.radius
+
+
+def test_a_router_refuses_what_has_no_mean_or_spread():
+    good = torch.randn(2, 3)
+    assert Router.fit({"a": good}).tasks == ["a"]
+    for bad in (good[:1], good[0], torch.full((2, 3), float("inf"))):
+        with pytest.raises(ValueError, match="task 'b': features"):
+            Router.fit({"a": good, "b": bad})
+    with pytest.raises(ValueError, match="features of 4 numbers.*3"):
+        Router.fit({"a": good}).route(torch.randn(1, 4))
 
 
 # The toy model, train.py and the README
