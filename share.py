@@ -668,9 +668,9 @@ def save_peft(adapter, directory):
 class Router:
     """Picks the task when nobody names it: the nearest class mean, the base when none is near.
 
-    Distances are Euclidean after each feature is divided by `scale` (f,), its standard deviation
-    within a task. tasks: names in the order of `means` (t, f). radius: the largest distance that
-    is near. Kept as `share.router` it is saved along (ours; the paper takes the task as known).
+    Distances are Mahalanobis': features (N, f) @ scale (f, f) are uncorrelated and of variance 1
+    within a task. means: (t, f), scaled, in the order of tasks; radius: how far is near. Kept as
+    `share.router` it is saved along. (Ours; the paper takes the task as known.)
     """
 
     tasks: list[str]
@@ -680,23 +680,33 @@ class Router:
 
     @classmethod
     def fit(cls, features):
-        """From {task: features (N, f)}, N >= 2; keeps none of them. 98 % of them are near."""
+        """From {task: features (N, f)}, of which none is kept; better many more than f in all.
+
+        Near is half-way between where 98 % are to their own mean and where 2 % are to another
+        task's; the former alone where these overlap or there is one task.
+        """
         for task, x in features.items():
             fits = x.dim() == 2 and len(x) > 1 and x.isfinite().all()
             _require(fits, f"task {task!r}: features {tuple(x.shape)} are not finite (N >= 2, f)")
-        means = torch.stack([x.mean(0) for x in features.values()])
-        apart = [(x - x.mean(0)) * (len(x) / (len(x) - 1)) for x in features.values()]
-        apart = torch.cat(apart)  # of each sample, from the mean of the others of its task
-        scale = apart.square().mean(0).sqrt().clamp_min(1e-12)
-        radius = torch.quantile((apart / scale).norm(dim=1), 0.98)
+        own = [(x - x.mean(0)) * (len(x) / (len(x) - 1)) for x in features.values()]
+        own = torch.cat(own).double()  # of each sample, from the mean of the others of its task
+        covariance = own.T @ own / len(own)
+        spread = covariance.diagonal().clamp_min(NOISE * covariance.max() + 1e-30)
+        covariance = covariance.lerp(spread.diag(), 0.1)  # or directions seen by few look certain
+        scale = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+        means = torch.stack([x.double().mean(0) @ scale for x in features.values()])
+        radius = torch.quantile((own @ scale).norm(dim=1), 0.98)
+        if len(features) > 1:
+            x = torch.cat([*features.values()]).double() @ scale
+            second = torch.cdist(x, means).sort(1).values[:, 1]  # the nearest, but for its own
+            radius = torch.maximum(radius, (radius + torch.quantile(second, 0.02)) / 2)
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
         """features (N, f) -> for each sample its task or None, as `Share.select` takes them."""
         widths = f"features of {features.shape[-1]} numbers; the router takes {len(self.scale)}"
-        _require(features.shape[1:] == self.scale.shape, widths)
-        x, means = features.to(self.means) / self.scale, self.means / self.scale
-        distances, nearest = torch.cdist(x, means).min(1)
+        _require(features.shape[1:] == self.scale.shape[1:], widths)
+        distances, nearest = torch.cdist(features.to(self.scale) @ self.scale, self.means).min(1)
         return [self.tasks[i] if d <= self.radius else None for d, i in zip(distances, nearest)]
 
 

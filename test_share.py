@@ -1411,10 +1411,22 @@ def test_the_router_knows_its_classes_and_sends_strangers_to_the_base(f):
 
 def test_a_router_is_worked_out_by_hand():
     features = {"a": torch.tensor([[1.0], [3.0]]), "b": torch.tensor([[11.0], [13.0]])}
-    router = Router.fit(features)
-    assert router.means.tolist() == [[2.0], [12.0]]
-    assert router.scale.tolist() == [2.0] and router.radius == pytest.approx(1.0)
-    assert router.route(torch.tensor([[0.1], [3.9], [7.0], [13.9]])) == ["a", "a", None, "b"]
+    router = Router.fit(features)  # every sample is 2 from the other one of its task
+    assert router.scale.tolist() == [[0.5]] and router.means.tolist() == [[1.0], [6.0]]
+    # scaled: 1 from the own mean; 4.5 or 5.5 from the other one
+    assert router.radius == pytest.approx((1 + 4.5) / 2)
+    x = torch.tensor([[-3.4], [-3.6], [6.9], [17.4], [17.6]])
+    assert router.route(x) == ["a", None, "a", "b", None]
+    alone = Router.fit({"a": features["a"]})
+    assert alone.radius == pytest.approx(1.0)
+
+
+def test_a_router_sees_a_small_difference_where_a_task_hardly_varies():
+    noise = torch.randn(200, 1) @ torch.ones(1, 5) * 2  # all features vary together
+    offset = torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0])
+    draw = lambda sign: noise + sign * offset + 0.1 * torch.randn(200, 5)
+    router = Router.fit({"plus": draw(1), "minus": draw(-1)})
+    assert router.route(draw(1)).count("plus") > 190 and router.route(draw(-5)).count(None) > 190
 
 
 def test_a_router_is_saved_and_loaded_with_the_share(tmp_path):
