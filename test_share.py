@@ -9,6 +9,7 @@ import json
 import re
 import warnings
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -1469,6 +1470,28 @@ def test_acc_bwt_and_forgetting_on_a_matrix_worked_by_hand():
     assert metrics["bwt"] == pytest.approx(((0.7 - 0.9) + (0.5 - 0.8)) / 2)
     assert metrics["forgetting"] == pytest.approx(((0.9 - 0.7) + (0.8 - 0.5)) / 2)
     assert train.metrics([[0.5, 0.0], [0.9, 1.0]])["forgetting"] == pytest.approx(-0.4)
+
+
+def test_several_runs_are_shown_as_mean_and_standard_deviation():
+    assert train.spread([1.0, 2.0, 4.5], 2) == "2.50 ± 1.80"  # sqrt((1.5² + 0.5² + 2²) / 2)
+    assert train.spread([0.25], 3) == "0.250" and train.spread([None], 3) == ""
+
+
+def test_the_picture_has_a_cell_for_each_accuracy_of_both_methods():
+    R = [[0.9, 0.1, 0.2], [0.6, 0.8, 0.1], [0.7, 0.5, 1.0]]
+    row = {"accuracy_matrix": R, **train.metrics(R)}
+    root = ElementTree.fromstring(train.svg({"lora_sequential": row, "share": row}))
+    shades = [e.get("fill-opacity") for e in root if e.tag.endswith("rect")]
+    assert shades == [f"{value:.2f}" for values in R for value in values] * 2
+    words = [e.text for e in root if e.tag.endswith("text")]
+    assert "One LoRA" in words and "Share" in words and "ACC 0.73, forgetting 0.25" in words
+
+
+@pytest.mark.parametrize("flags", [["--json", "no/x"], ["--svg", "no/x"], ["--seeds", "0"], ["--x"]])
+def test_flags_that_cannot_be_followed_are_refused_before_the_run(flags, capsys):
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    assert flags[0] in capsys.readouterr().err or flags[1] in capsys.readouterr().err
 
 
 def test_a_cipher_is_the_sum_of_letter_and_key():
