@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from share import (
@@ -400,6 +401,39 @@ def test_a_merge_equals_reconstructing_and_stacking_everything(tasks, center):
                 assert relative(share.reconstruct(task).delta(layer), delta) < 1e-5
 
 
+def slow_updates(stack, other, ranks):
+    """Left singular vectors times values of each ΔW, at unit norm, by dense SVDs."""
+    columns = []
+    for B, A in zip(stack.split(ranks, 1), other.split(ranks, 1)):
+        U, S, _ = torch.linalg.svd(B @ A.T)
+        columns.append((U[:, : len(S)] * S / S.norm())[:, : B.shape[1]])
+    return torch.cat(columns, 1)
+
+
+@pytest.mark.parametrize("shared", [None, 3])  # 3: a rank-deficient stack
+@pytest.mark.parametrize("stack", ["factors", "updates"])
+@pytest.mark.parametrize("t", [1, 8, 60])
+def test_one_more_task_equals_the_long_way_for_few_tasks_and_for_many(t, stack, shared):
+    adapters = make_adapters([f"task {i}" for i in range(t)], (3, 1, 5), shared=shared)
+    share = Share.from_adapters(adapters, variance=0.8, stack=stack)
+    new = make_adapters(["new"], (4,))
+    everything = {task: share.reconstruct(task) for task in share.tasks} | new
+    ranks = [a.factors["first"][0].shape[1] for a in everything.values()]
+    left, right = stacks(everything, "first")
+    sides = [left, right]
+    if stack == "updates":
+        sides = [slow_updates(left, right, ranks), slow_updates(right, left, ranks)]
+    k = [basis.shape[1] for basis in share.bases["first"]]
+    share.merge(new)
+    slow = [slow_basis(s, 0.8, stack == "factors", least) for s, least in zip(sides, k)]
+    for basis, slow_one in zip(share.bases["first"], slow):
+        assert_same_span(basis, slow_one)
+    beta, alpha = slow
+    for task, adapter in everything.items():
+        inside = beta @ beta.T @ adapter.delta("first") @ alpha @ alpha.T
+        assert relative(share.reconstruct(task).delta("first"), inside) < 1e-5
+
+
 @pytest.mark.parametrize("stack", ["factors", "updates"])
 def test_a_growing_merge_moves_no_earlier_update_and_returns_the_new_one(stack):
     share = Share.from_adapters(make_adapters("abc", dtype=torch.float32), stack=stack)
@@ -757,6 +791,26 @@ def test_a_compiled_model_follows_the_selection():
         assert torch.allclose(compiled(x), model(x))
 
 
+def test_selecting_and_applying_a_task_forms_no_dense_update():
+    share = Share.from_adapters(make_adapters("ab", shapes={"0": (300, 400)}, dtype=torch.float32))
+    model = share.attach(nn.Sequential(nn.Linear(400, 300)).to(DEVICE))
+    x, sizes = torch.randn(2, 400, device=DEVICE), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if torch.is_tensor(out) and out.untyped_storage().data_ptr() != place:
+                sizes.append(out.numel())
+            return out
+
+    place = model[0].weight.untyped_storage().data_ptr()
+    with torch.no_grad(), Watch():
+        for task in ("a", "b", ["a", "b"]):
+            share.select(task)
+            model(x)
+    assert 0 < max(sizes) < 300 * 400 / 10
+
+
 def test_a_state_dict_is_that_of_the_plain_model():
     share, model = attached()
     plain = Net().double()
@@ -894,6 +948,38 @@ def test_a_training_step_that_ends_in_nan_is_not_kept():
     with pytest.raises(ValueError, match="step 0: a trained number is NaN"):
         train_coefficients(share, model, "new", [batch()], loss_of_bias, extra_parameters=[bias])
     assert torch.equal(bias, before) and share.tasks == ["a", "b"]
+
+
+@pytest.mark.parametrize("p", [1, 4])
+def test_a_step_keeps_no_more_for_the_backward_pass_than_a_lora_of_rank_p(p):
+    share, x = Share.from_adapters(make_adapters("ab", dtype=torch.float32)), batch(torch.float32)
+
+    def kept(model, permanent):
+        """Numbers that autograd saves, but for those that are there anyway; each storage once."""
+        sizes = {}
+
+        def pack(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = model.first(x)
+        y.sum().backward()
+        there = {t.untyped_storage().data_ptr() for t in permanent}
+        return sum(size for place, size in sizes.items() if place not in there)
+
+    lora = attach_lora(Net().to(DEVICE), ["first"], p)
+    of_lora = kept(lora, [x, lora.first.weight])  # its factors count, since ours are formed anew
+    seen = []
+
+    def loss(model, x):
+        permanent = [x, model.first.weight, *share.bases["first"]]
+        seen.append(kept(model, permanent))
+        return square_loss(model, x)
+
+    train_coefficients(share, share.attach(Net().to(DEVICE)), "new", [x], loss, p=p)
+    coefficients = sum(e.numel() for e in share.coefficients["first"]["new"])
+    assert 0 < seen[0] <= of_lora + coefficients
 
 
 def test_both_coefficient_matrices_have_gradients_at_the_first_step():
