@@ -1594,6 +1594,19 @@ def test_the_readme_example_runs(tmp_path, monkeypatch):
     assert names["share"].tasks == ["one", "two", "three"]
 
 
+def test_the_readme_path_for_peft_adapters_runs(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parent / "README.md").read_text("utf-8")
+    example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    assert len(example.splitlines()) <= 15
+    monkeypatch.chdir(tmp_path)
+    Path("adapters").mkdir()
+    for name in ("one", "two"):
+        peft_directory(tmp_path / "adapters" / name)
+    exec(example, {})
+    assert load_peft("served").factors.keys() == LAYERS.keys()
+    assert "'two': " in capsys.readouterr().out
+
+
 def test_the_readme_shows_the_two_commands_first():
     readme = (Path(__file__).parent / "README.md").read_text("utf-8")
     commands = re.findall(r"^pip install.*$", readme, re.MULTILINE)
