@@ -284,7 +284,7 @@ class Share:
     def factors(self, layer, task):
         """beta eps_beta (n, p) and alpha eps_alpha (d, p); None where the task has none."""
         self.about[task]  # raises UnknownTask
-        eps = self.coefficients[layer].get(task)
+        eps = self.coefficients[layer].get(task)  # transposed twice: a layout with faster products
         return eps and [(e.T @ basis.T).T for basis, e in zip(self.bases[layer], eps)]
 
     def reconstruct(self, task):
@@ -558,7 +558,8 @@ def train_coefficients(
 
     def factors(layer):  # as Share.factors
         sides = zip(share.bases[layer], learned.get(layer, ()), columns[layer])
-        return [b @ e[: b.shape[1]] + new @ e[b.shape[1] :] for b, e, new in sides]
+        parts = [(b, new, e.split([b.shape[1], phi])) for b, e, new in sides]
+        return [(e.T @ b.T + temporary.T @ new.T).T for b, new, (e, temporary) in parts]
 
     own = [t.requires_grad_() for ts in (*learned.values(), *columns.values()) for t in ts]
     extra = list(extra_parameters)
