@@ -617,8 +617,8 @@ def load_peft(directory):
     text = (directory / "adapter_config.json").read_bytes()
     raw = (directory / "adapter_model.safetensors").read_bytes()
     try:
-        config, tensors = json.loads(text), safetensors.torch.load(raw)
-    except (ValueError, safetensors.SafetensorError) as error:
+        config, tensors = dict(json.loads(text)), safetensors.torch.load(raw)
+    except (ValueError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{directory} is damaged: {error}") from None
     names = ("peft_type", "init_lora_weights", *PEFT_VARIANTS)
     found = {name: config[name] for name in names if config.get(name) not in (None, False)}

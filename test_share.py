@@ -1411,6 +1411,11 @@ def test_a_peft_directory_that_is_damaged_or_missing_is_refused_by_name(tmp_path
         (tmp_path / name).unlink()
         with pytest.raises(FileNotFoundError, match=name):
             load_peft(tmp_path)
+    for text in ("3", "[1]", '"words"'):
+        peft_directory(tmp_path)
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"{tmp_path.name} is damaged"):
+            load_peft(tmp_path)
     peft_directory(tmp_path)
     save = {"base_model.model.head.weight": torch.ones(2)}
     (tmp_path / "adapter_model.safetensors").write_bytes(_serialize(save, {}))
