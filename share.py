@@ -479,10 +479,12 @@ class ShareLinear(nn.Linear):
         _require(len(x) == len(tasks), sizes)
         beta, alpha = self.share.bases[self.layer]
         none, held = (beta[:0].T, alpha[:0].T), self.share.coefficients[self.layer]
-        sides = zip(*(held.get(task, none) for task in tasks))
-        left, right = (pad_sequence([e.T for e in side], batch_first=True) for side in sides)
-        z = torch.einsum("b...k,bpk->b...p", x.to(alpha.dtype) @ alpha, right)  # p: the largest
-        return torch.einsum("b...p,bpk->b...k", z, left) @ beta.T
+        sides = list(zip(*(held.get(task, none) for task in tasks)))
+        p = max(eps.shape[1] for eps in sides[0])  # the others are filled up with columns of zeros
+        filled = lambda eps: eps if eps.shape[1] == p else F.pad(eps, (0, p - eps.shape[1]))
+        left, right = (torch.stack([filled(eps) for eps in side]) for side in sides)  # (b, k, p)
+        z = torch.einsum("b...k,bkp->b...p", x.to(alpha.dtype) @ alpha, right)
+        return torch.einsum("b...p,bkp->b...k", z, left) @ beta.T
 
 
 class LoRALinear(nn.Linear):
