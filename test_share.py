@@ -693,7 +693,8 @@ def test_a_linear_used_in_two_places_has_one_adapter_and_refuses_a_second():
     share.attach(model)
     share.select("a")
     v = torch.randn(2, 6, dtype=torch.float64)
-    expected = nn.functional.linear(v, shared.weight + share.reconstruct("a").delta("x"), shared.bias)
+    weight = shared.weight + share.reconstruct("a").delta("x")
+    expected = nn.functional.linear(v, weight, shared.bias)
     assert all(torch.allclose(model[name](v), expected) for name in "xy")
     share.detach(model)
     twice = Share.from_adapters(make_adapters("a", shapes={"x": (6, 6), "y": (6, 6)}))
@@ -1202,7 +1203,8 @@ def test_each_sample_of_a_mixed_batch_gets_its_own_task():
         share.select(names)
         assert relative(run(x), torch.cat(alone)) < 1e-9
     share.select([None] * 6)
-    assert torch.equal(model.first(x), nn.functional.linear(x, model.first.weight, model.first.bias))
+    bare = nn.functional.linear(x, model.first.weight, model.first.bias)
+    assert torch.equal(model.first(x), bare)
 
 
 def test_a_mixed_batch_works_on_a_bfloat16_base():
@@ -1305,7 +1307,7 @@ LAYERS = {"model.layers.0.q_proj": (20, 30), "model.layers.1.q_proj": (20, 30), 
 
 
 def peft_directory(path, changes=(), tensors=(), dtype=torch.float32, r=4):
-    """A directory as PEFT writes it, whose config is changed; and its factors as they are stored."""
+    """A directory as PEFT writes it, with changes to its config; its factors as stored."""
     factors = {
         layer: (torch.randn(n, r).to(dtype), torch.randn(r, d).to(dtype))
         for layer, (n, d) in LAYERS.items()
@@ -1353,18 +1355,21 @@ def test_a_peft_directory_goes_through_a_share_file_and_out_again(tmp_path, r):
         error = (back.delta(layer) - adapter.delta(layer)).norm()
         assert error <= 1e-5 * adapter.delta(layer).norm()
     assert back.extras.keys() == extras.keys()
-    assert all(torch.equal(back.extras[n], t) and back.extras[n].dtype == t.dtype for n, t in extras.items())
+    for name, tensor in extras.items():
+        assert torch.equal(back.extras[name], tensor) and back.extras[name].dtype == tensor.dtype
     for key in ("base_model_name_or_path", "target_modules", "bias"):
         assert back.config[key] == adapter.config[key]
 
 
 def test_a_written_directory_says_each_layers_rank_and_nothing_else_of_scaling(tmp_path):
-    factors = {"a.q": (torch.randn(5, 3), torch.randn(3, 4)), "b.q": (torch.randn(5, 1), torch.randn(1, 4))}
+    ranks = {"a.q": 3, "b.q": 1}
+    factors = {layer: (torch.randn(5, r), torch.randn(r, 4)) for layer, r in ranks.items()}
     save_peft(Adapter(factors, config={"use_rslora": True, "init_lora_weights": "eva"}), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] == {r"^a\.q": 3, r"^b\.q": 1}
     assert not config["use_rslora"] and config["target_modules"] == ["a.q", "b.q"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
     assert relative(load_peft(tmp_path).delta("b.q"), factors["b.q"][0] @ factors["b.q"][1]) < 1e-6
 
 
@@ -1394,7 +1399,8 @@ def test_a_peft_directory_with_other_tensors_is_refused_by_name(tmp_path):
         peft_directory(tmp_path, tensors={name: tensor})
         with pytest.raises(ValueError, match=words):
             load_peft(tmp_path)
-    for A, B in ((torch.ones(2, 3), torch.ones(4, 3)), (torch.ones(2, 3, 1, 1), torch.ones(4, 2, 1, 1))):
+    for a, b in (((2, 3), (4, 3)), ((2, 3, 1, 1), (4, 2, 1, 1))):
+        A, B = torch.ones(a), torch.ones(b)
         peft_directory(tmp_path, tensors={f"{prefix}A.weight": A, f"{prefix}B.weight": B})
         with pytest.raises(ValueError, match="layer 'q_proj'"):
             load_peft(tmp_path)
@@ -1428,7 +1434,7 @@ def test_a_peft_directory_that_is_damaged_or_missing_is_refused_by_name(tmp_path
 
 def random_peft_model(kind):
     """A transformers model with random weights, its input, and a config of LoRA adapters for it."""
-    peft = pytest.importorskip("peft", reason="peft is not installed; .ci/run checks this against it")
+    peft = pytest.importorskip("peft", reason="peft is not installed; .ci/run runs this with it")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokens = torch.randint(50, (3, 7))
@@ -1472,7 +1478,8 @@ def test_real_peft_reads_what_we_write_and_gives_the_same_outputs(tmp_path, kind
             assert relative(written(tokens).logits, model(tokens).logits) < 1e-5
             if share is exact:
                 assert relative(written(tokens).logits, expected[name]) < 1e-5
-            assert back.config["target_modules"] == load_peft(tmp_path / "out").config["target_modules"]
+            config = load_peft(tmp_path / "out").config
+            assert back.config["target_modules"] == config["target_modules"]
 
 
 # Router
@@ -1578,11 +1585,11 @@ def test_the_picture_has_a_cell_for_each_accuracy_of_both_methods():
     assert "One LoRA" in words and "Share" in words and "ACC 0.73, forgetting 0.25" in words
 
 
-@pytest.mark.parametrize("flags", [["--json", "no/x"], ["--svg", "no/x"], ["--seeds", "0"], ["--x"]])
+@pytest.mark.parametrize("flags", ["--json no/x", "--svg no/x", "--seeds 0", "--unknown"])
 def test_flags_that_cannot_be_followed_are_refused_before_the_run(flags, capsys):
     with pytest.raises(SystemExit):
-        train.main(flags)
-    assert flags[0] in capsys.readouterr().err or flags[1] in capsys.readouterr().err
+        train.main(flags.split())
+    assert flags.split()[-1] in capsys.readouterr().err
 
 
 def test_a_cipher_is_the_sum_of_letter_and_key():
