@@ -61,16 +61,44 @@ def _check(variance=1.0, **counts):
         _require(fits, f"{name} is {value!r}; it takes an integer, 1 or more")
 
 
-def _directions(X):
-    """Left singular vectors (n, q) and values (q,) of X (n, m), without those that are rounding."""
-    if len(X) > X.shape[1]:  # tall: within the span of its columns
-        Q, R = torch.linalg.qr(X)
-        U, S = _directions(R)
-        return Q @ U, S
-    values, U = torch.linalg.eigh(X @ X.T)  # in ascending order; half the cost of an SVD of X
-    S, U = values.clamp_min(0).sqrt().flip(0), U.flip(1)
-    q = int((S > NOISE * S[:1]).sum())
-    return U[:, :q], S[:q]
+def _directions(X, variance=1.0, k=None):
+    """Main left singular vectors (n, q) and values (q,) of X (n, m), without those of rounding.
+
+    They are the k heaviest, or else as many as explain the part `variance` of the squares of X.
+    """
+    needed = (variance - 1e-13) * X.norm() ** 2  # less what rounding may add
+    count = lambda squares: k or int((squares.cumsum(0) < needed).sum()) + 1
+    squares, U = _leading(X, count) or _gram(X)
+    q = min(count(squares), int((squares > NOISE**2 * squares[:1]).sum()))
+    U = U[:, :q]  # for a tall X, of its rows
+    return U if len(U) == len(X) else torch.linalg.qr(X @ U).Q, squares[:q].sqrt()
+
+
+def _gram(X):
+    """All squared singular values, heaviest first, and vectors; a third of the cost of an SVD."""
+    squares, U = torch.linalg.eigh(X.T @ X if len(X) > X.shape[1] else X @ X.T)
+    return squares.flip(0), U.flip(1)
+
+
+def _leading(X, count):
+    """The first of `_gram` by subspace iteration, a fourth of its cost where few directions count.
+
+    None for a small X, and if that is slow: directions are many or hardly heavier than the others.
+    """
+    few = min(X.shape) // 16
+    start = torch.randn(few, X.shape[1], generator=torch.Generator().manual_seed(0))
+    Z = start.to(X) @ X.T  # rows, which make faster products than columns
+    for _ in range(8 if few >= 32 else 0):
+        Q = torch.linalg.qr(Z.T).Q.T
+        Y = Q @ X
+        squares, V = _gram(Y)
+        Q, Z = V.T @ Q, V.T @ (Y @ X.T)
+        q = count(squares)
+        if q > few:
+            return None
+        if (Z - squares[:, None] * Q)[:q].norm(dim=1).max() <= 1e-11 * squares[0]:
+            return squares, Q.T
+    return None
 
 
 def build_basis(stack, variance=0.6, k=None, center=True):
@@ -84,16 +112,13 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     _check(variance, k=k)
     fits = stack.dim() == 2 and stack.shape[1] and stack.isfinite().all()
     _require(fits, f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite values")
-    X = stack.double()
+    mean = stack.mean(1, keepdim=True, dtype=torch.float64) * (center and k is None)
+    X = stack - mean  # in float64
     if k is None:
-        mean = X.mean(1, keepdim=True) * center
-        U, S = _directions(X - mean)
-        explained = S.square().cumsum(0)
-        needed = (variance - 1e-13) * explained[-1:]  # less what rounding may add
-        count = int((explained < needed).sum()) + 1
+        U, S = _directions(X, variance)
         common = mean * math.sqrt(X.shape[1])  # as heavy as in all m columns together
-        X = torch.cat([U[:, :count] * S[:count], common], 1)
-    return _directions(X)[0][:, :k].to(torch.promote_types(stack.dtype, torch.float32))
+        X = torch.cat([U * S, common], 1)
+    return _directions(X, k=k)[0].to(torch.promote_types(stack.dtype, torch.float32))
 
 
 def _best_rank(left, right, p=None):
@@ -110,7 +135,8 @@ def _update_columns(left, right, ranks):
     With right = Q R they are left R^T: unlike left, they do not depend on how ΔW is split in two.
     """
     parts = [[part.T for part in side.split(ranks, 1)] for side in (left, right)]
-    left, right = (pad_sequence(side, batch_first=True).mT for side in parts)  # (t, n or d, max p)
+    # (t, n or d, max p)
+    left, right = (pad_sequence(side, batch_first=True).mT.double() for side in parts)
     columns = left @ torch.linalg.qr(right, mode="r").R.mT
     norm = torch.linalg.matrix_norm(columns, keepdim=True)
     norm = norm.clamp_min(NOISE * norm.max() + 1e-300)  # what is only rounding must not become 1
@@ -127,17 +153,17 @@ def _merge(bases, old, new, stack, variance, k, center, grow):
     ranks = [pair[0].shape[1] for pair in (*old.values(), *new.values())]
     frames, sides = [], []
     for basis, *pairs in zip(bases, *old.values(), *new.values()):
-        eps = torch.cat([basis[:0].T, *pairs[: len(old)]], 1).double()
+        eps = torch.cat([basis[:0].T, *pairs[: len(old)]], 1)
         both = torch.cat([basis, *(factor.to(basis.device) for factor in pairs[len(old) :])], 1)
-        dtype, both, k_old = torch.promote_types(both.dtype, torch.float32), both.double(), len(eps)
-        if k_old or len(both) > both.shape[1]:
+        dtype, k_old = torch.promote_types(both.dtype, torch.float32), len(eps)
+        frame, added = None, both.to(dtype)  # a first basis: the layer's own coordinates
+        if k_old:
+            both = both.double()
             frame = torch.cat([both[:, :k_old], torch.linalg.qr(both).Q[:, k_old:]], 1)
-        else:
-            frame = torch.eye(len(both)).to(both)  # the new factors span everything
-        added = frame.T @ both[:, k_old:]
-        added[added.abs() < NOISE * added.norm()] = 0  # rounding, where a factor is in the basis
+            added = frame.T @ both[:, k_old:]
+            added[added.abs() < NOISE * added.norm()] = 0  # rounding, of a factor in the basis
         frames.append(frame)
-        sides.append(torch.cat([F.pad(eps, (0, 0, 0, len(added) - k_old)), added], 1))
+        sides.append(torch.cat([F.pad(eps.to(added), (0, 0, 0, len(added) - k_old)), added], 1))
     first = len(old) if grow else 0  # the first task that counts for the next bases
     stacks, counted = [side[:, sum(ranks[:first]) :] for side in sides], ranks[first:]
     if stack == "updates":
@@ -155,8 +181,8 @@ def _merge(bases, old, new, stack, variance, k, center, grow):
                 spare = 10 * NOISE * float(X.norm()) or 1.0  # are fewer, more of the old basis
                 X = torch.cat([X, spare * torch.eye(len(X), k_old).to(X)], 1)
                 small = build_basis(X, k=k_old)
-        merged.append((frame @ small).to(dtype))
-        eps.append((small.T @ columns).to(dtype).split(ranks, 1))
+        merged.append((small if frame is None else frame @ small).to(dtype).contiguous())
+        eps.append((small.to(columns).T @ columns).to(dtype).split(ranks, 1))
     return tuple(merged), dict(zip((*old, *new), zip(*eps)))
 
 
