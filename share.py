@@ -110,11 +110,12 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     a stack without columns, or with NaN or infinity; `variance` or `k` out of range.
     """
     _check(variance, k=k)
-    fits = stack.dim() == 2 and stack.shape[1] and stack.isfinite().all()
+    X = stack.to(torch.float64, copy=True)
+    fits = stack.dim() == 2 and stack.shape[1] and X.sum().isfinite()
     _require(fits, f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite values")
-    mean = stack.mean(1, keepdim=True, dtype=torch.float64) * (center and k is None)
-    X = stack - mean  # in float64
     if k is None:
+        mean = X.mean(1, keepdim=True) * center
+        X -= mean
         U, S = _directions(X, variance)
         common = mean * math.sqrt(X.shape[1])  # as heavy as in all m columns together
         X = torch.cat([U * S, common], 1)
@@ -154,16 +155,20 @@ def _merge(bases, old, new, stack, variance, k, center, grow):
     frames, sides = [], []
     for basis, *pairs in zip(bases, *old.values(), *new.values()):
         eps = torch.cat([basis[:0].T, *pairs[: len(old)]], 1)
-        both = torch.cat([basis, *(factor.to(basis.device) for factor in pairs[len(old) :])], 1)
-        dtype, k_old = torch.promote_types(both.dtype, torch.float32), len(eps)
-        frame, added = None, both.to(dtype)  # a first basis: the layer's own coordinates
-        if k_old:
-            both = both.double()
-            frame = torch.cat([both[:, :k_old], torch.linalg.qr(both).Q[:, k_old:]], 1)
-            added = frame.T @ both[:, k_old:]
-            added[added.abs() < NOISE * added.norm()] = 0  # rounding, of a factor in the basis
+        factors = [factor.to(basis.device) for factor in pairs[len(old) :]]
+        columns, k_old = torch.cat([basis[:, :0], *factors], 1), len(eps)
+        dtype, frame = torch.promote_types(columns.dtype, torch.float32), None
+        if k_old:  # otherwise the frame is the layer's own coordinates
+            basis, columns = basis.double(), columns.double()
+            outside = torch.linalg.qr(torch.cat([basis, columns], 1)).Q[:, k_old:]
+            frame = torch.cat([basis, outside], 1)
+            columns = frame.T @ columns
+            columns[columns.abs() < NOISE * columns.norm()] = 0  # rounding, of what is in the basis
+        if old:
+            eps = F.pad(eps.to(columns), (0, 0, 0, len(columns) - k_old))
+            columns = torch.cat([eps, columns], 1)
         frames.append(frame)
-        sides.append(torch.cat([F.pad(eps.to(added), (0, 0, 0, len(added) - k_old)), added], 1))
+        sides.append(columns.to(torch.promote_types(columns.dtype, dtype)))
     first = len(old) if grow else 0  # the first task that counts for the next bases
     stacks, counted = [side[:, sum(ranks[:first]) :] for side in sides], ranks[first:]
     if stack == "updates":

@@ -153,6 +153,28 @@ def test_k_is_the_smallest_number_of_directions_that_explains_the_variance(shape
     assert_same_span(build_basis(stack, variance), slow_basis(stack, variance))
 
 
+SPECTRA = {  # of stacks so large that the main directions are iterated for, where that is fast
+    "few": lambda i: (i < 37) * (1 + 0.1 * i) + 1e-3,
+    "falling": lambda i: 1 / (1 + i),
+    "flat": lambda i: 2 - i / 600,
+    "ten": lambda i: (i < 10) * (1 + 0.1 * i),
+}
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_large_stack_has_the_directions_of_a_plain_svd(spectrum, turned):
+    values = SPECTRA[spectrum](torch.arange(600, dtype=torch.float64).flip(0))
+    turn = torch.linalg.qr(torch.randn(600, 600, dtype=torch.float64)).Q
+    stack = torch.diag(values) @ turn
+    stack = turn.T @ stack if turned else stack
+    assert_same_span(build_basis(stack, center=False), slow_basis(stack, 0.6, False))
+    assert_same_span(build_basis(stack), slow_basis(stack, 0.6))
+    heaviest = torch.linalg.svd(stack).U[:, : 10 if spectrum == "ten" else 15]
+    assert_same_span(build_basis(stack, k=15), heaviest)
+    assert build_basis(stack, k=50).shape == (600, 10 if spectrum == "ten" else 50)
+
+
 def test_a_variance_that_is_met_exactly_asks_for_no_further_direction():
     stack = torch.diag(torch.tensor([2.0, 1.0, 1.0]))  # energies 4, 1, 1: five sixths are 4 + 1
     assert build_basis(stack, 5 / 6, center=False).shape == (3, 2)
