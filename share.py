@@ -86,9 +86,11 @@ def _leading(X, count):
     None for a small X, and if that is slow: directions are many or hardly heavier than the others.
     """
     few = min(X.shape) // 16
+    if few < 32:
+        return None
     start = torch.randn(few, X.shape[1], generator=torch.Generator().manual_seed(0))
     Z = start.to(X) @ X.T  # rows, which make faster products than columns
-    for _ in range(8 if few >= 32 else 0):
+    for _ in range(8):
         Q = torch.linalg.qr(Z.T).Q.T
         Y = Q @ X
         squares, V = _gram(Y)
