@@ -28,6 +28,7 @@ Absent: convolutions, embeddings, quantised weights, training on several GPUs.
 """
 
 import copy
+import functools
 import json
 import math
 import re
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+FEW = 48  # directions, for which a large stack is searched before all of them are computed
 NOISE = 1e-6  # a singular value below this part of the largest is rounding, not a direction
 CRC = re.compile(rb'"crc32":"([0-9a-f]{8})"')  # in a file's header; of the file with zeros there
 PEFT_VARIANTS = (  # what makes a PEFT adapter something else than W0 x + scaling B A x
@@ -68,39 +70,19 @@ def _directions(X, variance=1.0, k=None):
     """
     needed = (variance - 1e-13) * X.norm() ** 2  # less what rounding may add
     count = lambda squares: k or int((squares.cumsum(0) < needed).sum()) + 1
-    squares, U = _leading(X, count) or _gram(X)
+    if min(X.shape) >= 8 * FEW:  # worth a try
+        with torch.random.fork_rng():  # the same start each time, and nobody's random numbers
+            torch.manual_seed(0)
+            U, S, _ = torch.svd_lowrank(X, FEW, niter=4)
+        squares, q = S.square(), count(S.square())
+        error = X @ (X.T @ U[:, :q]) - U[:, :q] * squares[:q]
+    if min(X.shape) < 8 * FEW or q > FEW or error.norm() > 1e-9 * squares[0]:
+        # all of them from the smaller Gram matrix, a third of the cost of an SVD
+        squares, U = torch.linalg.eigh(X.T @ X if len(X) > X.shape[1] else X @ X.T)
+        squares, U = squares.flip(0), U.flip(1)
     q = min(count(squares), int((squares > NOISE**2 * squares[:1]).sum()))
     U = U[:, :q]  # for a tall X, of its rows
     return U if len(U) == len(X) else torch.linalg.qr(X @ U).Q, squares[:q].sqrt()
-
-
-def _gram(X):
-    """All squared singular values, heaviest first, and vectors; a third of the cost of an SVD."""
-    squares, U = torch.linalg.eigh(X.T @ X if len(X) > X.shape[1] else X @ X.T)
-    return squares.flip(0), U.flip(1)
-
-
-def _leading(X, count):
-    """The first of `_gram` by subspace iteration, a fourth of its cost where few directions count.
-
-    None for a small X, and if that is slow: directions are many or hardly heavier than the others.
-    """
-    few = min(X.shape) // 16
-    if few < 32:
-        return None
-    start = torch.randn(few, X.shape[1], generator=torch.Generator().manual_seed(0))
-    Z = start.to(X) @ X.T  # rows, which make faster products than columns
-    for _ in range(8):
-        Q = torch.linalg.qr(Z.T).Q.T
-        Y = Q @ X
-        squares, V = _gram(Y)
-        Q, Z = V.T @ Q, V.T @ (Y @ X.T)
-        q = count(squares)
-        if q > few:
-            return None
-        if (Z - squares[:, None] * Q)[:q].norm(dim=1).max() <= 1e-11 * squares[0]:
-            return squares, Q.T
-    return None
 
 
 def build_basis(stack, variance=0.6, k=None, center=True):
@@ -112,16 +94,21 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     a stack without columns, or with NaN or infinity; `variance` or `k` out of range.
     """
     _check(variance, k=k)
-    X = stack.to(torch.float64, copy=True)
-    fits = stack.dim() == 2 and stack.shape[1] and X.sum().isfinite()
+    fits = stack.dim() == 2 and stack.shape[1] and stack.isfinite().all()
     _require(fits, f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite values")
-    if k is None:
-        mean = X.mean(1, keepdim=True) * center
-        X -= mean
-        U, S = _directions(X, variance)
-        common = mean * math.sqrt(X.shape[1])  # as heavy as in all m columns together
-        X = torch.cat([U * S, common], 1)
-    return _directions(X, k=k)[0].to(torch.promote_types(stack.dtype, torch.float32))
+    basis = _basis(stack.to(torch.float64, copy=True), variance, k, center)
+    return basis.to(torch.promote_types(stack.dtype, torch.float32))
+
+
+def _basis(X, variance, k, center):
+    """`build_basis` in double; X (n, m) changes meanwhile, as a copy would double the memory."""
+    if k is not None or not center:
+        return _directions(X, variance, k)[0]
+    mean = X.mean(1, keepdim=True)
+    U, S = _directions(X.sub_(mean), variance)
+    X += mean
+    # as heavy as in all m columns together
+    return _directions(torch.cat([U * S, mean * math.sqrt(X.shape[1])], 1))[0]
 
 
 def _best_rank(left, right, p=None):
@@ -137,60 +124,55 @@ def _update_columns(left, right, ranks):
 
     With right = Q R they are left R^T: unlike left, they do not depend on how ΔW is split in two.
     """
-    parts = [[part.T for part in side.split(ranks, 1)] for side in (left, right)]
     # (t, n or d, max p)
-    left, right = (pad_sequence(side, batch_first=True).mT.double() for side in parts)
-    columns = left @ torch.linalg.qr(right, mode="r").R.mT
+    apart = lambda side: pad_sequence(side.T.split(ranks), batch_first=True).mT
+    columns = apart(left) @ torch.linalg.qr(apart(right), mode="r").R.mT
     norm = torch.linalg.matrix_norm(columns, keepdim=True)
     norm = norm.clamp_min(NOISE * norm.max() + 1e-300)  # what is only rounding must not become 1
     return (columns / norm).transpose(0, 1).flatten(1)
 
 
-def _merge(bases, old, new, stack, variance, k, center, grow):
-    """Phase 3 for one layer, phase 1 where the bases are empty: next bases, all coefficients.
+def _coordinates(basis, eps, factors):
+    """All tasks' columns (q, m) in a frame (n, q): the basis, then what else the factors need.
 
-    bases: (beta, alpha). old: {task: (eps_beta, eps_alpha)}. new: {task: (B, A^T)}. All happens in
-    the coordinates of frames: a basis, then what the new factors have outside of it. Frames are
-    orthonormal, so this equals reconstructing everything; its cost hardly depends on the past.
+    basis: (n, k). eps: (k, P), of the tasks so far. factors: [(n, r)], of new tasks. The frame is
+    orthonormal, so nothing changes in it but the size. None: the layer's own axes, for no basis.
     """
-    ranks = [pair[0].shape[1] for pair in (*old.values(), *new.values())]
-    frames, sides = [], []
-    for basis, *pairs in zip(bases, *old.values(), *new.values()):
-        eps = torch.cat([basis[:0].T, *pairs[: len(old)]], 1)
-        factors = [factor.to(basis.device) for factor in pairs[len(old) :]]
-        columns, k_old = torch.cat([basis[:, :0], *factors], 1), len(eps)
-        dtype, frame = torch.promote_types(columns.dtype, torch.float32), None
-        if k_old:  # otherwise the frame is the layer's own coordinates
-            basis, columns = basis.double(), columns.double()
-            outside = torch.linalg.qr(torch.cat([basis, columns], 1)).Q[:, k_old:]
-            frame = torch.cat([basis, outside], 1)
-            columns = frame.T @ columns
-            columns[columns.abs() < NOISE * columns.norm()] = 0  # rounding, of what is in the basis
-        if old:
-            eps = F.pad(eps.to(columns), (0, 0, 0, len(columns) - k_old))
-            columns = torch.cat([eps, columns], 1)
-        frames.append(frame)
-        sides.append(columns.to(torch.promote_types(columns.dtype, dtype)))
-    first = len(old) if grow else 0  # the first task that counts for the next bases
-    stacks, counted = [side[:, sum(ranks[:first]) :] for side in sides], ranks[first:]
+    k, fresh = basis.shape[1], [factor.to(basis.device) for factor in factors]
+    if k == 0:
+        return None, torch.cat([F.pad(eps.double(), (0, 0, 0, len(basis))), *fresh], 1)
+    fresh = torch.cat([basis.double(), *fresh], 1)
+    frame = torch.cat([fresh[:, :k], torch.linalg.qr(fresh).Q[:, k:]], 1)
+    columns = frame.T @ fresh[:, k:]
+    columns[columns.abs() < NOISE * columns.norm()] = 0  # rounding, of what is in the basis
+    return frame, torch.cat([F.pad(eps, (0, 0, 0, len(columns) - k)), columns], 1)
+
+
+def _merge(side, other, ranks, new, stack, variance, k, center, grow):
+    """Phase 3 for one side of a layer, phase 1 without a basis: its next basis, all coefficients.
+
+    side, other: (basis, eps, factors) of this side and the other, as `_coordinates` takes them.
+    ranks: of all tasks, of which the last `new` are new. Equal to reconstructing every adapter,
+    stacking all and computing anew, but the cost hardly depends on the number of tasks.
+    """
+    basis, first = side[0], len(ranks) - new if grow else 0  # that counts for the next basis
+    k_old, counted = basis.shape[1], slice(sum(ranks[:first]), None)
+    frame, columns = _coordinates(*side)
+    X = columns[:, counted]
     if stack == "updates":
-        stacks = [_update_columns(*pair, counted) for pair in (stacks, stacks[::-1])]
-    merged, eps = [], []
-    for basis, frame, columns, X in zip(bases, frames, sides, stacks):
-        k_old = basis.shape[1]
-        if grow:
-            room = None if k is None else max(k - k_old, 0)
-            fresh = build_basis(X[k_old:], variance, k or None, center)[:, :room]
-            small = torch.block_diag(torch.eye(k_old).to(fresh), fresh)
-        else:
-            small = build_basis(X, variance, k, center)
-            if k is None and small.shape[1] < k_old:  # at least the k_old heaviest, and where there
-                spare = 10 * NOISE * float(X.norm()) or 1.0  # are fewer, more of the old basis
-                X = torch.cat([X, spare * torch.eye(len(X), k_old).to(X)], 1)
-                small = build_basis(X, k=k_old)
-        merged.append((small if frame is None else frame @ small).to(dtype).contiguous())
-        eps.append((small.to(columns).T @ columns).to(dtype).split(ranks, 1))
-    return tuple(merged), dict(zip((*old, *new), zip(*eps)))
+        X = _update_columns(X, _coordinates(*other)[1][:, counted], ranks[first:])
+    if grow:
+        fresh = _basis(X[k_old:], variance, k, center)[:, : None if k is None else max(k - k_old, 0)]
+        small = torch.block_diag(torch.eye(k_old).to(fresh), fresh)
+    else:
+        small = _basis(X, variance, k, center)
+        if k is None and small.shape[1] < k_old:  # at least the k_old heaviest, and where there
+            spare = 10 * NOISE * float(X.norm()) or 1.0  # are fewer, more of the old basis
+            X = torch.cat([X, spare * torch.eye(len(X), k_old).to(X)], 1)
+            small = _directions(X, k=k_old)[0]
+    found = small if frame is None else frame @ small
+    dtype = functools.reduce(torch.promote_types, [part.dtype for part in (basis, *side[2])])
+    return found.to(dtype).contiguous(), (small.T @ columns).to(dtype)
 
 
 @dataclass
@@ -230,8 +212,9 @@ class _Tasks(dict):
 class Share:
     """All layers' bases and all tasks' coefficients, each kept in this one place only.
 
-    bases: {layer: (beta, alpha)}. coefficients: {layer: {task: (eps_beta, eps_alpha)}}. about:
-    {task: (‖ΔW‖² as it came in, extras, config)}. router: a Router to be saved along, or None.
+    bases: {layer: (beta, alpha)}. coefficients: {layer: (eps_beta, eps_alpha)}, with all tasks'
+    columns side by side; spans: {layer: {task: (its first column, p)}}. about: {task: (‖ΔW‖² as it
+    came in, extras, config)}. router: a Router to be saved along, or None.
     Methods raise ValueError for what is out of range or does not fit, UnknownTask for a task that
     is not there, and then change nothing.
     """
@@ -240,7 +223,8 @@ class Share:
         fits = stack in ("factors", "updates")
         _require(fits, f"stack is {stack!r}; it takes 'factors' or 'updates'")
         self.variance, self.center, self.stack = variance, center, stack
-        self.bases, self.coefficients, self.about, self.router = {}, {}, _Tasks(), None
+        self.bases, self.coefficients, self.spans = {}, {}, {}
+        self.about, self.router = _Tasks(), None
         self.selected = None  # a task, a tuple with one per sample, or a function as `factors`
 
     @classmethod
@@ -252,8 +236,12 @@ class Share:
         neither a task's size nor the split between B and A counts (nor a mean: never centred).
         p: pseudo-rank of the coefficients, None for each adapter's own rank.
         """
+        _check(p=p)
         share = cls(variance, center and stack == "factors", stack)
-        share._take_in(adapters, variance, k, False, p)
+        share.merge(adapters, k=k)
+        for layer, spans in share.spans.items():
+            for task in [*spans] if p else ():
+                share._put(layer, task, _best_rank(*share.eps(layer, task), p))
         return share
 
     tasks = property(lambda self: list(self.about), doc="The tasks' names, oldest first.")
@@ -263,13 +251,11 @@ class Share:
         fits = isinstance(task, str) and task not in self.about
         _require(fits, f"task {task!r} exists, or is no string; it takes a new name")
 
-    @torch.no_grad()
-    def _take_in(self, adapters, variance, k, grow, p=None):
-        """Check {task: Adapter}, merge it layer by layer, and reduce new coefficients to rank p."""
-        _check(variance, k=k or None, p=p)
+    def _check_adapters(self, adapters):
+        """{layer: {task: (B, A^T)}} of {task: Adapter}, all of which fit."""
         _require(adapters, "adapters is empty; it takes one or more")
         shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
-        layers = {}  # layer -> {task: (B, A^T)}
+        layers = {}
         for task, adapter in adapters.items():
             self._check_new(task)
             _require(adapter.factors, f"task {task!r} has no LoRA factors")
@@ -282,26 +268,24 @@ class Share:
                 fits = B.dtype == A.dtype and B.is_floating_point()
                 fits = fits and B.isfinite().all() and A.isfinite().all()
                 _require(fits, f"{where} are not real, or hold NaN or infinity")
-                layers.setdefault(layer, {})[task] = B, A.T
-        bases, coefficients = dict(self.bases), dict(self.coefficients)
-        for layer, new in layers.items():
-            before = bases.get(layer) or [side[:, :0] for side in [*new.values()][0]]
-            old, rule = coefficients.get(layer, {}), (self.stack, variance, k, self.center, grow)
-            bases[layer], coefficients[layer] = _merge(before, old, new, *rule)
-            for task in new if p else ():
-                coefficients[layer][task] = _best_rank(*coefficients[layer][task], p)
-        self.about.update({task: _about(adapter) for task, adapter in adapters.items()})
-        self.bases, self.coefficients = bases, coefficients
+                layers.setdefault(layer, {})[task] = B.detach(), A.detach().T
+        return layers
 
     def add(self, task, adapter, p=None):
         """Project one more task onto the bases, which stay; p: pseudo-rank, None for its own rank.
 
         What lies outside is lost (`retained` tells how much); `merge` would take it in.
         """
+        _check(p=p)
         for layer in adapter.factors.keys() - self.bases.keys():
             raise ValueError(f"task {task!r}, layer {layer!r}: no bases yet; merge() makes them")
-        self._take_in({task: adapter}, 1.0, 0, True, p)  # may grow, but has no room
+        layers, about = self._check_adapters({task: adapter}), _about(adapter)
+        for layer, new in layers.items():
+            pair = [basis.T @ f.to(basis) for basis, f in zip(self.bases[layer], new[task])]
+            self._put(layer, task, _best_rank(*pair, p) if p else pair)
+        self.about[task] = about
 
+    @torch.no_grad()
     def merge(self, adapters, *, variance=None, k=None, grow=False):
         """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
@@ -311,13 +295,49 @@ class Share:
         explain, of all factors or of what is outside; None: the share's own. k: a cap instead, for
         this call; it alone, without `grow`, makes a basis smaller. `attach` again for a new layer.
         """
-        _check(k=k)
-        self._take_in(adapters, self.variance if variance is None else variance, k, grow)
+        variance = self.variance if variance is None else variance
+        _check(variance, k=k)
+        found = {}
+        for layer, new in self._check_adapters(adapters).items():
+            factors = [*zip(*new.values())]  # all B, all A^T
+            none = [f[0].new_empty(len(f[0]), 0, dtype=torch.float32) for f in factors]
+            bases = self.bases.get(layer, none)
+            eps = self.coefficients.get(layer, [basis[:0] for basis in none])
+            spans, end = dict(self.spans.get(layer, {})), eps[0].shape[1]
+            for task, (B, _) in new.items():
+                spans[task], end = (end, B.shape[1]), end + B.shape[1]
+            sides, ranks = [*zip(bases, eps, factors)], [p for _, p in spans.values()]
+            rule = ranks, len(new), self.stack, variance, k, self.center, grow
+            merged = [_merge(*pair, *rule) for pair in (sides, sides[::-1])]
+            found[layer] = *zip(*merged), spans
+        self.about.update({task: _about(adapter) for task, adapter in adapters.items()})
+        for layer, state in found.items():
+            self.bases[layer], self.coefficients[layer], self.spans[layer] = state
+
+    def eps(self, layer, task):
+        """eps_beta (kβ, p) and eps_alpha (kα, p), of which the share has no copy; None for none."""
+        span = self.spans[layer].get(task)
+        return span and [side.narrow(1, *span) for side in self.coefficients[layer]]
+
+    def _drop(self, layer, task):
+        """Take a task's columns, if it has any, out of one layer's coefficients."""
+        start, p = self.spans[layer].pop(task, (0, 0))
+        sides = [(side[:, :start], side[:, start + p :]) for side in self.coefficients[layer]]
+        self.coefficients[layer] = [torch.cat(parts, 1) for parts in sides]
+        spans = self.spans[layer].items()
+        self.spans[layer] = {t: (s - p * (s > start), q) for t, (s, q) in spans}
+
+    def _put(self, layer, task, pair):
+        """Set a task's (eps_beta, eps_alpha) of one layer."""
+        self._drop(layer, task)
+        held = self.coefficients[layer]
+        self.spans[layer][task] = held[0].shape[1], pair[0].shape[1]
+        self.coefficients[layer] = [torch.cat(parts, 1) for parts in zip(held, pair)]
 
     def factors(self, layer, task):
         """beta eps_beta (n, p) and alpha eps_alpha (d, p); None where the task has none."""
         self.about[task]  # raises UnknownTask
-        eps = self.coefficients[layer].get(task)  # transposed twice: a layout with faster products
+        eps = self.eps(layer, task)  # transposed twice: a layout with faster products
         return eps and [(e.T @ basis.T).T for basis, e in zip(self.bases[layer], eps)]
 
     def reconstruct(self, task):
@@ -348,8 +368,8 @@ class Share:
         """Forget a task; the bases stay. If it is selected, None is then."""
         self.about[task]  # raises UnknownTask
         del self.about[task]
-        for eps in self.coefficients.values():
-            eps.pop(task, None)
+        for layer in self.bases:
+            self._drop(layer, task)
         self.selected = None if self.selected == task else self.selected
 
     def num_parameters(self, task=None):
@@ -358,7 +378,7 @@ class Share:
             bases = sum(basis.numel() for pair in self.bases.values() for basis in pair)
             return bases + sum(map(self.num_parameters, self.tasks))
         extras = self.about[task][1].values()
-        eps = [e for held in self.coefficients.values() for e in held.get(task, ())]
+        eps = [e for layer in self.bases for e in self.eps(layer, task) or ()]
         return sum(t.numel() for t in (*extras, *eps))
 
     def select(self, task):
@@ -414,16 +434,12 @@ class Share:
 
     def save(self, path):
         """Write everything to one .safetensors file, which appears whole or not at all."""
-        tensors, layers = [], []
+        tensors = []
         def number(tensor):  # what JSON has in a tensor's place
             tensors.append(tensor)
             return {"\0": len(tensors) - 1}
-        for layer, bases in self.bases.items():
-            held = self.coefficients[layer]  # side by side: fewer tensors load faster
-            ranks = [pair[0].shape[1] for pair in held.values()]
-            eps = [torch.cat(side, 1) for side in zip(*held.values())]
-            layers.append((layer, bases, list(held), ranks, eps))
-        state = {"version": 1, "rule": (self.variance, self.center, self.stack), "layers": layers}
+        state = {"version": 2, "rule": (self.variance, self.center, self.stack), "bases": self.bases}
+        state |= {"coefficients": self.coefficients, "spans": self.spans}
         state |= {"about": self.about, "router": self.router and vars(self.router)}
         text = json.dumps(state, default=number)
         raw = _serialize(dict(enumerate(tensors)), {"share": text, "crc32": "0" * 8})
@@ -440,13 +456,12 @@ class Share:
         tensors = safetensors.torch.load(raw)
         hook = lambda d: tensors.get(str(d.get("\0")), d)
         state = json.loads(header["share"], object_hook=hook)
-        _require(state["version"] == 1, f"{path} is of version {state['version']!r}, not 1")
+        _require(state["version"] == 2, f"{path} is of version {state['version']!r}, not 2")
         share = cls(*state["rule"])
-        share.about.update({task: tuple(about) for task, about in state["about"].items()})
-        for layer, bases, tasks, ranks, eps in state["layers"]:
-            share.bases[layer] = tuple(bases)
-            sides = [side.split(ranks, 1) for side in eps]
-            share.coefficients[layer] = dict(zip(tasks, zip(*sides)))
+        share.about.update(state["about"])
+        share.bases, share.coefficients, share.spans = (
+            state[name] for name in ("bases", "coefficients", "spans")
+        )
         share.router = state["router"] and Router(**state["router"])
         return share
 
@@ -489,9 +504,8 @@ class ShareLinear(nn.Linear):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         share, layer, device = self.share, self.layer, self.weight.device
-        share.bases[layer] = tuple(basis.to(device) for basis in share.bases[layer])
-        for task, pair in share.coefficients[layer].items():  # but no half(): that would round
-            share.coefficients[layer][task] = tuple(eps.to(device) for eps in pair)
+        for state in (share.bases, share.coefficients):  # but no half(): that would round
+            state[layer] = [side.to(device) for side in state[layer]]
         return self
 
     def forward(self, x):
@@ -511,13 +525,14 @@ class ShareLinear(nn.Linear):
         sizes = f"{len(tasks)} tasks are selected; the batch has {len(x)} samples"
         _require(len(x) == len(tasks), sizes)
         beta, alpha = self.share.bases[self.layer]
-        none, held = (beta[:0].T, alpha[:0].T), self.share.coefficients[self.layer]
-        sides = list(zip(*(held.get(task, none) for task in tasks)))
-        p = max(eps.shape[1] for eps in sides[0])  # the others are filled up with columns of zeros
-        filled = lambda eps: eps if eps.shape[1] == p else F.pad(eps, (0, p - eps.shape[1]))
-        left, right = (torch.stack([filled(eps) for eps in side]) for side in sides)  # (b, k, p)
-        z = torch.einsum("b...k,bkp->b...p", x.to(alpha.dtype) @ alpha, right)
-        return torch.einsum("b...p,bkp->b...k", z, left) @ beta.T
+        spans = [self.share.spans[self.layer].get(task, (0, 0)) for task in tasks]
+        eps, most = self.share.coefficients[self.layer], max(p for _, p in spans)
+        zeros = eps[0].shape[1]  # the number of a column of zeros, for those with fewer than most
+        index = [[*range(start, start + p), *[zeros] * (most - p)] for start, p in spans]
+        index = torch.tensor(index, dtype=torch.long, device=beta.device)
+        left, right = (F.pad(side, (0, 1))[:, index] for side in eps)  # (k, b, most)
+        z = torch.einsum("b...k,kbp->b...p", x.to(alpha.dtype) @ alpha, right)
+        return torch.einsum("b...p,kbp->b...k", z, left) @ beta.T
 
 
 class LoRALinear(nn.Linear):
@@ -586,8 +601,8 @@ def train_coefficients(
         columns[layer] = [torch.randn(len(b), phi).to(b) / math.sqrt(len(b)) for b in bases]
     if finetune:
         rest = share.about[task][1:]
-        held = {layer: eps[task] for layer, eps in share.coefficients.items() if task in eps}
-        learned = {layer: [e.clone() for e in pair] for layer, pair in held.items()}
+        held = {layer: share.eps(layer, task) for layer in share.bases}
+        learned = {layer: [e.clone() for e in pair] for layer, pair in held.items() if pair}
     else:
         share._check_new(task)
 
@@ -627,7 +642,7 @@ def train_coefficients(
         else:
             share.about[task] = _about(adapter)
             for layer, pair in learned.items():
-                share.coefficients[layer][task] = tuple(e.detach() for e in pair)
+                share._put(layer, task, [e.detach() for e in pair])
     except BaseException:
         for q, _, _, value in before:
             q.data.copy_(value)

@@ -119,8 +119,7 @@ def square_loss(model, x):
 def state(share, model):
     """Everything that a training run must not touch, as plain values."""
     numbers = [b.clone() for pair in share.bases.values() for b in pair]
-    pairs = [pair for eps in share.coefficients.values() for pair in eps.values()]
-    numbers += [e.clone() for pair in pairs for e in pair]
+    numbers += [e.clone() for pair in share.coefficients.values() for e in pair]
     numbers += [t.clone() for t in model.state_dict().values()]
     flags = [(p.requires_grad, p.grad) for p in model.parameters()]
     return numbers, flags, [m.training for m in model.modules()], share.tasks, share.selected
@@ -264,7 +263,7 @@ def test_the_orthonormal_shortcut_agrees_with_the_pseudoinverse_of_any_basis():
         beta, _ = share.bases["first"]
         skewed = beta @ torch.randn(beta.shape[1], beta.shape[1], dtype=beta.dtype)
         general = torch.linalg.solve(skewed.T @ skewed, skewed.T @ B)
-        assert torch.allclose(share.coefficients["first"][task][0], beta.T @ B, atol=1e-9)
+        assert torch.allclose(share.eps("first", task)[0], beta.T @ B, atol=1e-9)
         assert torch.allclose(skewed @ general, beta @ (beta.T @ B), atol=1e-6)
         assert not torch.allclose(skewed @ (skewed.T @ B), beta @ (beta.T @ B), atol=0.1)
 
@@ -281,7 +280,7 @@ def test_rank_p_coefficients_are_the_best_that_the_bases_allow(p):
             U, S, Vh = torch.linalg.svd(inside)
             best = U[:, :p] @ torch.diag(S[:p]) @ Vh[:p]
             assert relative(share.reconstruct(task).delta(layer), best) < 1e-6
-            assert share.coefficients[layer][task][0].shape == (beta.shape[1], p)
+            assert share.eps(layer, task)[0].shape == (beta.shape[1], p)
 
 
 def test_stacked_updates_do_not_depend_on_how_an_update_is_split_or_on_its_size():
@@ -334,7 +333,7 @@ def test_extras_and_config_travel_with_their_task():
     assert back.config == {"task_type": "SEQ_CLS"} and share.reconstruct("b").config == {}
     without = share.num_parameters("b")
     assert share.num_parameters("a") == 12 + sum(
-        e.numel() for eps in share.coefficients.values() for e in eps["a"]
+        e.numel() for layer in share.layers for e in share.eps(layer, "a")
     )
     assert without > 0
 
@@ -576,7 +575,7 @@ def test_adapters_that_still_require_gradients_leave_no_graph_behind():
     share = Share.from_adapters({t: adapters[t] for t in "ab"}, p=1)
     share.add("c", adapters["c"])
     tensors = [t for pair in share.bases.values() for t in pair]
-    tensors += [t for eps in share.coefficients.values() for pair in eps.values() for t in pair]
+    tensors += [t for pair in share.coefficients.values() for t in pair]
     assert not any(t.requires_grad for t in tensors)
 
 
@@ -774,8 +773,8 @@ def test_moving_a_model_moves_its_share():
     share, model = attached()
     model.to("meta")
     tensors = [t for pair in share.bases.values() for t in pair]
-    tensors += [t for eps in share.coefficients.values() for pair in eps.values() for t in pair]
-    assert len(tensors) == 12 and {t.device.type for t in tensors} == {"meta"}
+    tensors += [t for pair in share.coefficients.values() for t in pair]
+    assert len(tensors) == 8 and {t.device.type for t in tensors} == {"meta"}
 
 
 def test_half_precision_rounds_the_model_but_not_the_share():
@@ -873,7 +872,7 @@ def test_training_learns_and_moves_coefficients_alone():
     losses = train_coefficients(share, model, "new", [x] * 30, square_loss, lr=0.05)
     assert len(losses) == 30 and losses[-1] < losses[0]
     for layer, (beta, alpha) in share.bases.items():
-        shapes = [e.shape for e in share.coefficients[layer]["new"]]
+        shapes = [e.shape for e in share.eps(layer, "new")]
         assert shapes == [(beta.shape[1], 1), (alpha.shape[1], 1)]
     assert share.retained()["new"] == pytest.approx(1.0)
     share.select("new")
@@ -890,7 +889,7 @@ def test_training_is_adam_on_the_dense_formula():
     for name, lr in (("start", 0.0), ("end", 0.02)):
         torch.manual_seed(1)
         train_coefficients(share, model, name, x, square_loss, lr=lr)
-        runs[name] = {layer: eps[name] for layer, eps in share.coefficients.items()}
+        runs[name] = {layer: share.eps(layer, name) for layer in share.layers}
     plain = Net().to(DEVICE, torch.float64).eval()
     plain.load_state_dict(model.state_dict())
     start = runs["start"].items()
@@ -1001,7 +1000,7 @@ def test_a_step_keeps_no_more_for_the_backward_pass_than_a_lora_of_rank_p(p):
         return square_loss(model, x)
 
     train_coefficients(share, share.attach(Net().to(DEVICE)), "new", [x], loss, p=p)
-    coefficients = sum(e.numel() for e in share.coefficients["first"]["new"])
+    coefficients = sum(e.numel() for e in share.eps("first", "new"))
     assert 0 < seen[0] <= of_lora + coefficients
 
 
@@ -1012,7 +1011,7 @@ def test_both_coefficient_matrices_have_gradients_at_the_first_step():
     for name, lr in (("still", 0.0), ("moved", 0.01)):
         torch.manual_seed(1)
         train_coefficients(share, model, name, [x], square_loss, lr=lr, p=2)
-        starts.append([e for eps in share.coefficients.values() for e in eps[name]])
+        starts.append([e for layer in share.layers for e in share.eps(layer, name)])
     for still, moved in zip(*starts):
         assert still.std() > 0 and ((still - moved).abs() > 0.005).all()
 
@@ -1084,15 +1083,15 @@ def test_finetuning_goes_on_from_the_stored_coefficients_of_that_task_alone():
     adapters["a"].config["kept"], adapters["a"].extras["head"] = True, torch.ones(2)
     share = Share.from_adapters(adapters)
     model = share.attach(Net().to(DEVICE, torch.float64).eval())
-    x, before = batch(), copy.deepcopy(share.coefficients)
+    x, before = batch(), copy.deepcopy(share)
     share.select("a")
     start = float(square_loss(model, x))
     losses = train_coefficients(share, model, "a", [x] * 20, square_loss, finetune=True)
     assert losses[0] == pytest.approx(start) and losses[-1] < start
     for layer in SHAPES:
-        for e, old in zip(share.coefficients[layer]["a"], before[layer]["a"]):
+        for e, old in zip(share.eps(layer, "a"), before.eps(layer, "a")):
             assert e.shape == old.shape and not torch.equal(e, old.to(e))
-        for e, old in zip(share.coefficients[layer]["b"], before[layer]["b"]):
+        for e, old in zip(share.eps(layer, "b"), before.eps(layer, "b")):
             assert torch.equal(e, old.to(e))
     kept = share.reconstruct("a")
     assert kept.config == {"kept": True} and torch.equal(kept.extras["head"], torch.ones(2))
@@ -1160,7 +1159,7 @@ def test_training_works_on_a_bfloat16_base():
     x = batch(torch.bfloat16)
     losses = train_coefficients(share, model, "new", [x] * 20, square_loss, lr=0.05)
     assert losses[-1] < losses[0]
-    assert share.coefficients["first"]["new"][0].dtype == torch.float32
+    assert share.eps("first", "new")[0].dtype == torch.float32
 
 
 # The average of tasks
@@ -1175,7 +1174,7 @@ def test_the_average_is_the_best_fit_to_the_mean_of_the_updates():
     for layer, tasks, name, p in (("first", "abc", "all", 9), ("second", "ac", "all", 7)):
         mean = sum(adapters[t].delta(layer) for t in tasks) / 3  # a task without a layer adds 0
         assert relative(share.reconstruct(name).delta(layer), mean) < 1e-6
-        assert share.coefficients[layer][name][0].shape[1] <= p
+        assert share.eps(layer, name)[0].shape[1] <= p
     mean = (adapters["a"].delta("first") + adapters["c"].delta("first")) / 2
     U, S, Vh = torch.linalg.svd(mean)
     best = U[:, :2] @ torch.diag(S[:2]) @ Vh[:2]
@@ -1190,7 +1189,7 @@ def test_an_adapter_and_its_mirror_image_average_to_themselves():
     share.average("ab", "mean")
     delta = adapters["a"].delta("first")
     assert relative(share.reconstruct("mean").delta("first"), delta) < 1e-6
-    naive = sum(share.coefficients["first"][t][0] for t in "ab") / 2
+    naive = sum(share.eps("first", t)[0] for t in "ab") / 2
     assert naive.norm() < 1e-9  # the trap: coefficients averaged side by side
 
 

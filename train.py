@@ -422,13 +422,12 @@ def scaling():
     x, models = torch.randn(512, n, requires_grad=True), {}
     models["frozen layer"] = nn.Sequential(nn.Linear(n, n)).requires_grad_(False)
     models[f"LoRA r={r}"] = attach_lora(nn.Sequential(nn.Linear(n, n)), ["0"], r)
-    shapes = torch.randn(8, n, r), torch.randn(8, r, n)
-    eight = {str(i): Adapter({"0": (B, A)}) for i, (B, A) in enumerate(zip(*shapes))}
+    one = {"task": Adapter({"0": (torch.randn(n, 32), torch.randn(32, n))})}
     for p in (1, 8):
-        share = Share.from_adapters(eight, k=32, p=p)
+        share = Share.from_adapters(one, k=32, p=p)
         models[f"Share p={p}"] = share.attach(nn.Sequential(nn.Linear(n, n)))
-        share.select("0")
-        for eps in share.coefficients["0"]["0"]:
+        share.select("task")
+        for eps in share.coefficients["0"]:
             eps.requires_grad_(True)
     taken = {name: [] for name in models}
     for _ in range(60):  # in turns, so that a busy machine slows all of them down alike
