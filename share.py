@@ -27,6 +27,7 @@ Where this differs from the paper (arXiv 2602.06043), and why:
 Absent: convolutions, embeddings, quantised weights, training on several GPUs.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -162,7 +163,8 @@ def _merge(side, other, ranks, new, stack, variance, k, center, grow):
     if stack == "updates":
         X = _update_columns(X, _coordinates(*other)[1][:, counted], ranks[first:])
     if grow:
-        fresh = _basis(X[k_old:], variance, k, center)[:, : None if k is None else max(k - k_old, 0)]
+        room = None if k is None else max(k - k_old, 0)
+        fresh = _basis(X[k_old:], variance, k, center)[:, :room]
         small = torch.block_diag(torch.eye(k_old).to(fresh), fresh)
     else:
         small = _basis(X, variance, k, center)
@@ -435,13 +437,12 @@ class Share:
     def save(self, path):
         """Write everything to one .safetensors file, which appears whole or not at all."""
         tensors = []
-        def number(tensor):  # what JSON has in a tensor's place
-            tensors.append(tensor)
+        def plain(value):  # what JSON has in the place of a Router or a tensor
+            if isinstance(value, Router):
+                return vars(value)
+            tensors.append(value)
             return {"\0": len(tensors) - 1}
-        state = {"version": 2, "rule": (self.variance, self.center, self.stack), "bases": self.bases}
-        state |= {"coefficients": self.coefficients, "spans": self.spans}
-        state |= {"about": self.about, "router": self.router and vars(self.router)}
-        text = json.dumps(state, default=number)
+        text = json.dumps({"version": 2, **vars(self), "selected": None}, default=plain)
         raw = _serialize(dict(enumerate(tensors)), {"share": text, "crc32": "0" * 8})
         _write(path, CRC.sub(b'"crc32":"%08x"' % zlib.crc32(raw), raw, count=1))
 
@@ -456,13 +457,9 @@ class Share:
         tensors = safetensors.torch.load(raw)
         hook = lambda d: tensors.get(str(d.get("\0")), d)
         state = json.loads(header["share"], object_hook=hook)
-        _require(state["version"] == 2, f"{path} is of version {state['version']!r}, not 2")
-        share = cls(*state["rule"])
-        share.about.update(state["about"])
-        share.bases, share.coefficients, share.spans = (
-            state[name] for name in ("bases", "coefficients", "spans")
-        )
-        share.router = state["router"] and Router(**state["router"])
+        version, router, share = state.pop("version"), state["router"], cls()
+        _require(version == 2, f"{path} is of version {version!r}, not 2")
+        vars(share).update(state, about=_Tasks(state["about"]), router=router and Router(**router))
         return share
 
 
@@ -569,6 +566,26 @@ def lora_adapter(model):
     return Adapter({n: (m.lora_B.detach().clone(), m.lora_A.detach().clone()) for n, m in layers})
 
 
+@contextlib.contextmanager
+def _restoring(share, model, extra):
+    """Selection, buffers, requires_grad and .grad as before; after a failure `extra`'s values too.
+    """
+    before = [(q, q.requires_grad, q.grad, q.detach().clone()) for q in extra]
+    buffers, selected = [(t, t.clone()) for t in model.buffers()], share.selected
+    try:
+        yield
+    except BaseException:  # Ctrl-C is one
+        for q, _, _, value in before:
+            q.data.copy_(value)
+        raise
+    finally:
+        for q, requires_grad, grad, _ in before:
+            q.requires_grad_(requires_grad).grad = grad
+        for t, value in buffers:  # statistics of BatchNorm, which all tasks share
+            t.copy_(value)
+        share.selected = selected
+
+
 def train_coefficients(
     share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1e-2, sigma=0.03,
     extra_parameters=(), finetune=False, grow=False, on_step=None,
@@ -616,9 +633,7 @@ def train_coefficients(
     groups = extra if extra and isinstance(extra[0], dict) else [{"params": extra}]
     optimizer, losses = torch.optim.Adam([{"params": own}, *groups], lr=lr), []
     trained = [q for group in optimizer.param_groups for q in group["params"]]
-    before = [(q, q.requires_grad, q.grad, q.detach().clone()) for q in trained[len(own) :]]
-    buffers, selected = [(t, t.clone()) for t in model.buffers()], share.selected
-    try:
+    with _restoring(share, model, trained[len(own) :]):
         for q in trained:
             q.requires_grad_()
         for step, batch in enumerate(batches):
@@ -643,16 +658,6 @@ def train_coefficients(
             share.about[task] = _about(adapter)
             for layer, pair in learned.items():
                 share._put(layer, task, [e.detach() for e in pair])
-    except BaseException:
-        for q, _, _, value in before:
-            q.data.copy_(value)
-        raise
-    finally:
-        for q, requires_grad, grad, _ in before:
-            q.requires_grad_(requires_grad).grad = grad
-        for t, value in buffers:  # statistics of BatchNorm, which all tasks share
-            t.copy_(value)
-        share.selected = selected
     return losses
 
 

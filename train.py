@@ -14,6 +14,7 @@ instead, which the base has never seen, so that an adapter must hold the key. Ch
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import statistics
@@ -378,6 +379,15 @@ def seconds(function, times=3):
     return statistics.median(taken)
 
 
+def peak_memory(function):
+    """The most bytes that its tensors have at once."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    changes = (event.nbytes() for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(changes))
+
+
 def merge_long_way(share, new):
     """Phase 3 as published: rebuild every adapter, stack them, SVD, project."""
     everything = [share.reconstruct(task) for task in share.tasks] + [new]
@@ -390,9 +400,8 @@ def merge_long_way(share, new):
             basis.T @ X
 
 
-def scaling():
-    """What a merge costs as tasks are many, and a training step beside LoRA's."""
-    torch.manual_seed(0)
+def merge_costs():
+    """What building and merging cost as tasks are many, beside the long way."""
     n, r, layers = 1024, 8, [f"layer {i}" for i in range(4)]
     spans = {layer: [torch.linalg.qr(torch.randn(n, 32)).Q for _ in "BA"] for layer in layers}
 
@@ -403,7 +412,8 @@ def scaling():
         return Adapter({layer: (factor(B), factor(A).T) for layer, (B, A) in spans.items()})
 
     print(f"{len(layers)} layers of {n} × {n}, adapters of rank {r}; numbers stored with p = 1")
-    heads = ("tasks", "build s", "load+merge ms", "long way ms", "ratio")
+    print("memory: while building, of what the largest stack takes in float32")
+    heads = ("tasks", "build s", "memory", "load+merge ms", "long way ms", "ratio")
     heads += ("stored", "apart", "ratio")
     print("".join(f"{head:>14}" for head in heads))
     with tempfile.TemporaryDirectory() as folder:
@@ -411,14 +421,19 @@ def scaling():
         for t in (8, 50, 200, 500):
             adapters, new = {f"task {i}": adapter() for i in range(t)}, adapter()
             build = seconds(lambda: Share.from_adapters(adapters).save(path), 1)
+            memory = peak_memory(lambda: Share.from_adapters(adapters)) / (4 * n * t * r)
             merge = seconds(lambda: Share.load(path).merge({"new": new}), 5)
             long = seconds(lambda: merge_long_way(Share.load(path), new), 1)
             shapes = [basis.shape for pair in Share.load(path).bases.values() for basis in pair]
             stored, apart = sum(m * k + t * k for m, k in shapes), 2 * t * len(layers) * n * r
-            row = (f"{t}", f"{build:.2f}", f"{1000 * merge:.1f}", f"{1000 * long:.1f}")
-            row += (f"{long / merge:.1f}", f"{stored:,}", f"{apart:,}", f"{apart / stored:.1f}")
+            row = (f"{t}", f"{build:.2f}", f"{memory:.2f}", f"{1000 * merge:.1f}")
+            row += (f"{1000 * long:.1f}", f"{long / merge:.1f}")
+            row += (f"{stored:,}", f"{apart:,}", f"{apart / stored:.1f}")
             print("".join(f"{cell:>14}" for cell in row), flush=True)
 
+
+def step_costs(n=1024, r=8):
+    """What a training step of a layer costs beside LoRA's."""
     x, models = torch.randn(512, n, requires_grad=True), {}
     models["frozen layer"] = nn.Sequential(nn.Linear(n, n)).requires_grad_(False)
     models[f"LoRA r={r}"] = attach_lora(nn.Sequential(nn.Linear(n, n)), ["0"], r)
@@ -493,8 +508,12 @@ def main(argv=None):
         parser.error(f"--seeds {args.seeds}: it takes 1 or more")
     torch.set_num_threads(1)  # these matrices are too small for more; a busy machine punishes it
     s = replace(Settings(seed=args.seed), **QUICK if args.quick else {})
-    if args.sweep or args.scaling:
-        return sweep(s) if args.sweep else scaling()
+    if args.sweep:
+        return sweep(s)
+    if args.scaling:
+        torch.manual_seed(0)
+        merge_costs()
+        return step_costs()
     runs = []
     for seed in range(args.seed, args.seed + args.seeds):
         began = time.perf_counter()
