@@ -43,7 +43,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-FEW = 48  # directions, for which a large stack is searched before all of them are computed
 NOISE = 1e-6  # a singular value below this part of the largest is rounding, not a direction
 CRC = re.compile(rb'"crc32":"([0-9a-f]{8})"')  # in a file's header; of the file with zeros there
 PEFT_VARIANTS = (  # what makes a PEFT adapter something else than W0 x + scaling B A x
@@ -71,14 +70,15 @@ def _directions(X, variance=1.0, k=None):
     """
     needed = (variance - 1e-13) * X.norm() ** 2  # less what rounding may add
     count = lambda squares: k or int((squares.cumsum(0) < needed).sum()) + 1
-    if min(X.shape) >= 8 * FEW:  # worth a try
+    few, found = max(48, min(X.shape) // 20), False
+    if min(X.shape) >= 8 * few:  # large: a third of the time if these are enough
         with torch.random.fork_rng():  # the same start each time, and nobody's random numbers
             torch.manual_seed(0)
-            U, S, _ = torch.svd_lowrank(X, FEW, niter=4)
+            U, S, _ = torch.svd_lowrank(X, few, niter=4)
         squares, q = S.square(), count(S.square())
         error = X @ (X.T @ U[:, :q]) - U[:, :q] * squares[:q]
-    if min(X.shape) < 8 * FEW or q > FEW or error.norm() > 1e-9 * squares[0]:
-        # all of them from the smaller Gram matrix, a third of the cost of an SVD
+        found = q <= few and error.norm() <= 1e-9 * squares[0]
+    if not found:  # all of them, from the smaller Gram matrix: a third of the time of an SVD
         squares, U = torch.linalg.eigh(X.T @ X if len(X) > X.shape[1] else X @ X.T)
         squares, U = squares.flip(0), U.flip(1)
     q = min(count(squares), int((squares > NOISE**2 * squares[:1]).sum()))

@@ -160,18 +160,26 @@ SPECTRA = {  # of stacks so large that the main directions are iterated for, whe
 }
 
 
-@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("n, m, turned", [(600, 600, False), (450, 900, True), (900, 450, True)])
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_a_large_stack_has_the_directions_of_a_plain_svd(spectrum, turned):
-    values = SPECTRA[spectrum](torch.arange(600, dtype=torch.float64).flip(0))
-    turn = torch.linalg.qr(torch.randn(600, 600, dtype=torch.float64)).Q
-    stack = torch.diag(values) @ turn
-    stack = turn.T @ stack if turned else stack
+def test_a_large_stack_has_the_directions_of_a_plain_svd(spectrum, n, m, turned):
+    values = SPECTRA[spectrum](torch.arange(min(n, m), dtype=torch.float64).flip(0))
+    left, right = torch.randn(n, len(values)).double(), torch.randn(m, len(values)).double()
+    left = torch.linalg.qr(left).Q if turned else torch.eye(n).double()
+    stack = left * values @ torch.linalg.qr(right).Q.T
     assert_same_span(build_basis(stack, center=False), slow_basis(stack, 0.6, False))
     assert_same_span(build_basis(stack), slow_basis(stack, 0.6))
     heaviest = torch.linalg.svd(stack).U[:, : 10 if spectrum == "ten" else 15]
     assert_same_span(build_basis(stack, k=15), heaviest)
-    assert build_basis(stack, k=50).shape == (600, 10 if spectrum == "ten" else 50)
+    assert build_basis(stack, k=50).shape == (n, 10 if spectrum == "ten" else 50)
+
+
+def test_a_large_stack_takes_no_random_numbers_and_always_gets_the_same_basis():
+    stack, state = torch.randn(400, 400), torch.get_rng_state()
+    basis = build_basis(stack, k=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    assert torch.equal(build_basis(stack, k=5), basis)
 
 
 def test_a_variance_that_is_met_exactly_asks_for_no_further_direction():
