@@ -41,7 +41,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 NOISE = 1e-6  # a singular value below this part of the largest is rounding, not a direction
 CRC = re.compile(rb'"crc32":"([0-9a-f]{8})"')  # in a file's header; of the file with zeros there
@@ -120,14 +119,24 @@ def _best_rank(left, right, p=None):
     return (Q1 @ U[:, :p] * root).to(left.dtype), (Q2 @ Vh[:p].T * root).to(right.dtype)
 
 
-def _update_columns(left, right, ranks):
+def _by_task(sides, spans):
+    """Of each side (k, m) the columns of each task, (k, t, max p), filled up with columns of zeros.
+
+    spans: [(first column, p)] of t tasks.
+    """
+    most, zeros = max(p for _, p in spans), sides[0].shape[1]
+    index = [[*range(start, start + p), *[zeros] * (most - p)] for start, p in spans]
+    index = torch.tensor(index, dtype=torch.long, device=sides[0].device)
+    return [F.pad(side, (0, 1))[:, index] for side in sides]
+
+
+def _update_columns(left, right, spans):
     """Columns with each task's left singular vectors and values, of ΔW = left right^T at norm 1.
 
     With right = Q R they are left R^T: unlike left, they do not depend on how ΔW is split in two.
     """
-    # (t, n or d, max p)
-    apart = lambda side: pad_sequence(side.T.split(ranks), batch_first=True).mT
-    columns = apart(left) @ torch.linalg.qr(apart(right), mode="r").R.mT
+    left, right = (side.transpose(0, 1) for side in _by_task((left, right), spans))
+    columns = left @ torch.linalg.qr(right, mode="r").R.mT
     norm = torch.linalg.matrix_norm(columns, keepdim=True)
     norm = norm.clamp_min(NOISE * norm.max() + 1e-300)  # what is only rounding must not become 1
     return (columns / norm).transpose(0, 1).flatten(1)
@@ -149,19 +158,18 @@ def _coordinates(basis, eps, factors):
     return frame, torch.cat([F.pad(eps, (0, 0, 0, len(columns) - k)), columns], 1)
 
 
-def _merge(side, other, ranks, new, stack, variance, k, center, grow):
+def _merge(side, other, spans, new, stack, variance, k, center, grow):
     """Phase 3 for one side of a layer, phase 1 without a basis: its next basis, all coefficients.
 
     side, other: (basis, eps, factors) of this side and the other, as `_coordinates` takes them.
-    ranks: of all tasks, of which the last `new` are new. Equal to reconstructing every adapter,
-    stacking all and computing anew, but the cost hardly depends on the number of tasks.
+    spans: as `_by_task` takes them, of all tasks; the last `new` are new. This equals rebuilding
+    every adapter, stacking all and computing anew; its cost hardly depends on the number of tasks.
     """
-    basis, first = side[0], len(ranks) - new if grow else 0  # that counts for the next basis
-    k_old, counted = basis.shape[1], slice(sum(ranks[:first]), None)
+    counted = spans[-new:] if grow else spans  # those whose columns make the next basis
     frame, columns = _coordinates(*side)
-    X = columns[:, counted]
+    X, k_old = columns[:, counted[0][0] :], side[0].shape[1]
     if stack == "updates":
-        X = _update_columns(X, _coordinates(*other)[1][:, counted], ranks[first:])
+        X = _update_columns(columns, _coordinates(*other)[1], counted)
     if grow:
         room = None if k is None else max(k - k_old, 0)
         fresh = _basis(X[k_old:], variance, k, center)[:, :room]
@@ -172,9 +180,9 @@ def _merge(side, other, ranks, new, stack, variance, k, center, grow):
             spare = 10 * NOISE * float(X.norm()) or 1.0  # are fewer, more of the old basis
             X = torch.cat([X, spare * torch.eye(len(X), k_old).to(X)], 1)
             small = _directions(X, k=k_old)[0]
-    found = small if frame is None else frame @ small
-    dtype = functools.reduce(torch.promote_types, [part.dtype for part in (basis, *side[2])])
-    return found.to(dtype).contiguous(), (small.T @ columns).to(dtype)
+    basis = small if frame is None else frame @ small
+    dtype = functools.reduce(torch.promote_types, [part.dtype for part in (side[0], *side[2])])
+    return basis.to(dtype).contiguous(), (small.T @ columns).to(dtype)
 
 
 @dataclass
@@ -308,8 +316,8 @@ class Share:
             spans, end = dict(self.spans.get(layer, {})), eps[0].shape[1]
             for task, (B, _) in new.items():
                 spans[task], end = (end, B.shape[1]), end + B.shape[1]
-            sides, ranks = [*zip(bases, eps, factors)], [p for _, p in spans.values()]
-            rule = ranks, len(new), self.stack, variance, k, self.center, grow
+            sides = [*zip(bases, eps, factors)]
+            rule = [*spans.values()], len(new), self.stack, variance, k, self.center, grow
             merged = [_merge(*pair, *rule) for pair in (sides, sides[::-1])]
             found[layer] = *zip(*merged), spans
         self.about.update({task: _about(adapter) for task, adapter in adapters.items()})
@@ -523,11 +531,7 @@ class ShareLinear(nn.Linear):
         _require(len(x) == len(tasks), sizes)
         beta, alpha = self.share.bases[self.layer]
         spans = [self.share.spans[self.layer].get(task, (0, 0)) for task in tasks]
-        eps, most = self.share.coefficients[self.layer], max(p for _, p in spans)
-        zeros = eps[0].shape[1]  # the number of a column of zeros, for those with fewer than most
-        index = [[*range(start, start + p), *[zeros] * (most - p)] for start, p in spans]
-        index = torch.tensor(index, dtype=torch.long, device=beta.device)
-        left, right = (F.pad(side, (0, 1))[:, index] for side in eps)  # (k, b, most)
+        left, right = _by_task(self.share.coefficients[self.layer], spans)  # (k, b, p)
         z = torch.einsum("b...k,kbp->b...p", x.to(alpha.dtype) @ alpha, right)
         return torch.einsum("b...p,kbp->b...k", z, left) @ beta.T
 
