@@ -175,7 +175,8 @@ def test_a_large_stack_has_the_directions_of_a_plain_svd(spectrum, n, m, turned)
 
 
 def test_a_large_stack_takes_no_random_numbers_and_always_gets_the_same_basis():
-    stack, state = torch.randn(400, 400), torch.get_rng_state()
+    stack = torch.randn(400, 8, dtype=torch.float64) @ torch.randn(8, 400, dtype=torch.float64)
+    state = torch.get_rng_state()
     basis = build_basis(stack, k=5)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(1)
@@ -355,6 +356,41 @@ def test_a_removed_task_is_gone_and_the_others_keep_their_updates():
     assert torch.equal(share.reconstruct("b").delta("first"), before)
 
 
+def test_whatever_comes_and_goes_each_task_has_its_own_columns_and_there_is_no_other():
+    share, model = attached("abc")
+    late, x = make_adapters("def"), batch()
+    for change in (
+        lambda: share.remove("b"),
+        lambda: share.add("d", late["d"], p=1),
+        lambda: train_coefficients(share, model, "new", [x], square_loss, p=2),
+        lambda: share.remove("a"),
+        lambda: train_coefficients(share, model, "c", [x], square_loss, finetune=True),
+        lambda: share.merge({"e": late["e"]}, grow=True),
+        lambda: share.remove("new"),
+        lambda: share.add("f", late["f"]),
+    ):
+        before = {task: share.reconstruct(task).delta("second") for task in share.tasks}
+        change()
+        kept = before.keys() & set(share.tasks) - {"c"}
+        for task in kept:
+            assert relative(share.reconstruct(task).delta("second"), before[task]) < 1e-12
+        for layer, spans in share.spans.items():
+            used = [i for start, p in spans.values() for i in range(start, start + p)]
+            held = share.coefficients[layer][0].shape[1]
+            assert sorted(used) == [*range(held)] and spans.keys() == set(share.tasks)
+
+
+def test_a_task_without_any_update_stays_so_and_is_no_hindrance_to_a_merge():
+    adapters = make_adapters("ab")
+    for layer, (B, A) in adapters["a"].factors.items():
+        adapters["a"].factors[layer] = torch.zeros_like(B), A
+    share = Share.from_adapters({"a": adapters["a"]}, variance=1.0, center=False)
+    share.merge({"b": adapters["b"]})
+    for layer in SHAPES:
+        assert not share.reconstruct("a").delta(layer).any()
+        assert relative(share.reconstruct("b").delta(layer), adapters["b"].delta(layer)) < 1e-9
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -391,6 +427,8 @@ def test_names_and_numbers_out_of_range_are_refused():
         Share.from_adapters({"a": Adapter({})})
     with pytest.raises(ValueError, match="task 'a' exists"):
         share.add("a", adapters["a"])
+    with pytest.raises(ValueError, match="p is 0"):
+        share.add("c", make_adapters("c")["c"], p=0)
     with pytest.raises(ValueError, match="layer 'third': no bases"):
         share.add("c", Adapter({"third": adapters["a"].factors["first"]}))
     for call in (share.reconstruct, share.remove, share.select, share.num_parameters):
