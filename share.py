@@ -30,6 +30,7 @@ Absent: convolutions, embeddings, quantised weights, training on several GPUs.
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import math
 import re
@@ -120,9 +121,9 @@ def _best_rank(left, right, p=None):
 
 
 def _by_task(sides, spans):
-    """Of each side (k, m) the columns of each task, (k, t, max p), filled up with columns of zeros.
+    """Of each side (k, m) the columns of the tasks with these spans [(first column, p)].
 
-    spans: [(first column, p)] of t tasks.
+    As (k, t, max p), filled up with columns of zeros.
     """
     most, zeros = max(p for _, p in spans), sides[0].shape[1]
     index = [[*range(start, start + p), *[zeros] * (most - p)] for start, p in spans]
@@ -249,9 +250,9 @@ class Share:
         _check(p=p)
         share = cls(variance, center and stack == "factors", stack)
         share.merge(adapters, k=k)
-        for layer, spans in share.spans.items():
-            for task in [*spans] if p else ():
-                share._put(layer, task, _best_rank(*share.eps(layer, task), p))
+        for layer in share.layers if p else ():
+            pairs = share._pairs(layer).items()
+            share._lay(layer, {task: _best_rank(*pair, p) for task, pair in pairs})
         return share
 
     tasks = property(lambda self: list(self.about), doc="The tasks' names, oldest first.")
@@ -292,7 +293,8 @@ class Share:
         layers, about = self._check_adapters({task: adapter}), _about(adapter)
         for layer, new in layers.items():
             pair = [basis.T @ f.to(basis) for basis, f in zip(self.bases[layer], new[task])]
-            self._put(layer, task, _best_rank(*pair, p) if p else pair)
+            pair = _best_rank(*pair, p) if p else pair
+            self._lay(layer, self._pairs(layer) | {task: pair})
         self.about[task] = about
 
     @torch.no_grad()
@@ -325,24 +327,21 @@ class Share:
             self.bases[layer], self.coefficients[layer], self.spans[layer] = state
 
     def eps(self, layer, task):
-        """eps_beta (kβ, p) and eps_alpha (kα, p), of which the share has no copy; None for none."""
+        """The share's own eps_beta (kβ, p) and eps_alpha (kα, p); None where the task has none."""
         span = self.spans[layer].get(task)
         return span and [side.narrow(1, *span) for side in self.coefficients[layer]]
 
-    def _drop(self, layer, task):
-        """Take a task's columns, if it has any, out of one layer's coefficients."""
-        start, p = self.spans[layer].pop(task, (0, 0))
-        sides = [(side[:, :start], side[:, start + p :]) for side in self.coefficients[layer]]
-        self.coefficients[layer] = [torch.cat(parts, 1) for parts in sides]
-        spans = self.spans[layer].items()
-        self.spans[layer] = {t: (s - p * (s > start), q) for t, (s, q) in spans}
+    def _pairs(self, layer):
+        """{task: (eps_beta, eps_alpha)} of one layer."""
+        return {task: self.eps(layer, task) for task in self.spans[layer]}
 
-    def _put(self, layer, task, pair):
-        """Set a task's (eps_beta, eps_alpha) of one layer."""
-        self._drop(layer, task)
-        held = self.coefficients[layer]
-        self.spans[layer][task] = held[0].shape[1], pair[0].shape[1]
-        self.coefficients[layer] = [torch.cat(parts, 1) for parts in zip(held, pair)]
+    def _lay(self, layer, pairs):
+        """Lay {task: (eps_beta, eps_alpha)}, all there are in one layer, side by side."""
+        widths = [pair[0].shape[1] for pair in pairs.values()]
+        starts = itertools.accumulate([0, *widths])
+        self.spans[layer] = dict(zip(pairs, zip(starts, widths)))
+        none = [basis[:0].T for basis in self.bases[layer]]
+        self.coefficients[layer] = [torch.cat(side, 1) for side in zip(none, *pairs.values())]
 
     def factors(self, layer, task):
         """beta eps_beta (n, p) and alpha eps_alpha (d, p); None where the task has none."""
@@ -379,7 +378,8 @@ class Share:
         self.about[task]  # raises UnknownTask
         del self.about[task]
         for layer in self.bases:
-            self._drop(layer, task)
+            others = {t: pair for t, pair in self._pairs(layer).items() if t != task}
+            self._lay(layer, others)
         self.selected = None if self.selected == task else self.selected
 
     def num_parameters(self, task=None):
@@ -572,8 +572,7 @@ def lora_adapter(model):
 
 @contextlib.contextmanager
 def _restoring(share, model, extra):
-    """Selection, buffers, requires_grad and .grad as before; after a failure `extra`'s values too.
-    """
+    """Restores selection, buffers, requires_grad, .grad; after a failure the values of `extra`."""
     before = [(q, q.requires_grad, q.grad, q.detach().clone()) for q in extra]
     buffers, selected = [(t, t.clone()) for t in model.buffers()], share.selected
     try:
@@ -661,7 +660,7 @@ def train_coefficients(
         else:
             share.about[task] = _about(adapter)
             for layer, pair in learned.items():
-                share._put(layer, task, [e.detach() for e in pair])
+                share._lay(layer, share._pairs(layer) | {task: [e.detach() for e in pair]})
     return losses
 
 

@@ -1312,8 +1312,12 @@ def test_a_saved_share_loads_with_identical_outputs(tmp_path):
     adapters["tensor"].config["tensor"] = {"tensor": 3}
     del adapters["a_b"].factors["first"]
     share = Share.from_adapters(adapters, stack="updates", variance=0.9)
+    share.select("a/b")
     share.save(tmp_path / "share.safetensors")
     loaded = Share.load(tmp_path / "share.safetensors")
+    assert share.selected == "a/b" and loaded.selected is None
+    with pytest.raises(KeyError, match="task 'x' is unknown"):
+        loaded.select("x")
     assert (loaded.tasks, loaded.layers, loaded.num_parameters()) == (
         share.tasks, share.layers, share.num_parameters(),
     )
