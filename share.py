@@ -123,12 +123,12 @@ def _best_rank(left, right, p=None):
 def _by_task(sides, spans):
     """Of each side (k, m) the columns of the tasks with these spans [(first column, p)].
 
-    As (k, t, max p), filled up with columns of zeros.
+    As (t, k, max p), filled up with columns of zeros.
     """
     most, zeros = max(p for _, p in spans), sides[0].shape[1]
     index = [[*range(start, start + p), *[zeros] * (most - p)] for start, p in spans]
     index = torch.tensor(index, dtype=torch.long, device=sides[0].device)
-    return [F.pad(side, (0, 1))[:, index] for side in sides]
+    return [F.pad(side.T, (0, 0, 0, 1))[index].mT for side in sides]
 
 
 def _update_columns(left, right, spans):
@@ -136,7 +136,7 @@ def _update_columns(left, right, spans):
 
     With right = Q R they are left R^T: unlike left, they do not depend on how ΔW is split in two.
     """
-    left, right = (side.transpose(0, 1) for side in _by_task((left, right), spans))
+    left, right = _by_task((left, right), spans)
     columns = left @ torch.linalg.qr(right, mode="r").R.mT
     norm = torch.linalg.matrix_norm(columns, keepdim=True)
     norm = norm.clamp_min(NOISE * norm.max() + 1e-300)  # what is only rounding must not become 1
@@ -531,9 +531,9 @@ class ShareLinear(nn.Linear):
         _require(len(x) == len(tasks), sizes)
         beta, alpha = self.share.bases[self.layer]
         spans = [self.share.spans[self.layer].get(task, (0, 0)) for task in tasks]
-        left, right = _by_task(self.share.coefficients[self.layer], spans)  # (k, b, p)
-        z = torch.einsum("b...k,kbp->b...p", x.to(alpha.dtype) @ alpha, right)
-        return torch.einsum("b...p,kbp->b...k", z, left) @ beta.T
+        left, right = _by_task(self.share.coefficients[self.layer], spans)  # (b, k, p)
+        z = torch.einsum("b...k,bkp->b...p", x.to(alpha.dtype) @ alpha, right)
+        return torch.einsum("b...p,bkp->b...k", z, left) @ beta.T
 
 
 class LoRALinear(nn.Linear):
