@@ -72,7 +72,8 @@ def _directions(X, variance=1.0, k=None):
     count = lambda squares: k or int((squares.cumsum(0) < needed).sum()) + 1
     few, found = max(48, min(X.shape) // 20), False
     if min(X.shape) >= 8 * few:  # large: a third of the time if these are enough
-        with torch.random.fork_rng():  # the same start each time, and nobody's random numbers
+        # the same start each time, and nobody's random numbers
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(0)
             U, S, _ = torch.svd_lowrank(X, few, niter=4)
         squares, q = S.square(), count(S.square())

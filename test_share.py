@@ -540,6 +540,14 @@ def test_k_never_shrinks_by_itself_but_a_cap_can_make_it():
     assert {basis.shape[1] for pair in share.bases.values() for basis in pair} == {2}
 
 
+def test_building_holds_little_more_than_one_stack_in_double_at_a_time():
+    names, shapes = [str(i) for i in range(100)], {"first": (512, 512), "second": (512, 512)}
+    settings = {"ranks": (8,), "shapes": shapes, "dtype": torch.float32, "shared": 8}
+    adapters = make_adapters(names, **settings)
+    peak = train.peak_memory(lambda: Share.from_adapters(adapters))
+    assert 1 < peak / (512 * 800 * 8) < 1.5
+
+
 def test_directions_that_no_task_uses_any_more_stay_in_the_bases():
     adapters = make_adapters("ab", (4,))
     share = Share.from_adapters(adapters, variance=1.0)
