@@ -91,9 +91,10 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     """Orthonormal basis (n, k) of the main directions of the columns of `stack` (n, m) (phase 1).
 
     They explain the part `variance` of the variance; the paper's is 0.6. `center` subtracts the
-    mean first and keeps it as one more direction, so that `variance=1.0` spans all columns. `k`:
-    at most so many directions instead, the mean among them. A zero stack has none. ValueError:
-    a stack without columns, or with NaN or infinity; `variance` or `k` out of range.
+    mean first and keeps it as one more direction, so that `variance=1.0` spans all columns, but for
+    what is below 1e-6 of the heaviest direction. `k`: at most so many directions instead, the mean
+    among them. A zero stack has none. ValueError: a stack without columns, or with NaN or infinity;
+    `variance` or `k` out of range.
     """
     _check(variance, k=k)
     fits = stack.dim() == 2 and stack.shape[1] and stack.isfinite().all()
@@ -109,16 +110,16 @@ def _basis(X, variance, k, center):
     mean = X.mean(1, keepdim=True)
     U, S = _directions(X.sub_(mean), variance)
     X += mean
-    # as heavy as in all m columns together
-    return _directions(torch.cat([U * S, mean * math.sqrt(X.shape[1])], 1))[0]
+    return _directions(torch.cat([U * S, mean], 1))[0]
 
 
-def _best_rank(left, right, p=None):
-    """The best rank-p fit to left (a, r) right^T (r, b), as (a, p) and (b, p); None: all of it."""
+def _best_rank(left, right, p):
+    """The best rank-p fit to left (a, r) right^T (r, b), as (a, p) and (b, p)."""
     (Q1, R1), (Q2, R2) = torch.linalg.qr(left.double()), torch.linalg.qr(right.double())
     U, S, Vh = torch.linalg.svd(R1 @ R2.T, full_matrices=False)
     root = S[:p].sqrt()
-    return (Q1 @ U[:, :p] * root).to(left.dtype), (Q2 @ Vh[:p].T * root).to(right.dtype)
+    none = 0, int(len(root) == 0)  # in an empty basis: one column, as rank 0 is no adapter's
+    return [F.pad(Q * root, none).to(left.dtype) for Q in (Q1 @ U[:, :p], Q2 @ Vh[:p].T)]
 
 
 def _by_task(sides, spans):
@@ -126,9 +127,9 @@ def _by_task(sides, spans):
 
     As (t, k, max p), filled up with columns of zeros.
     """
-    most, zeros = max(p for _, p in spans), sides[0].shape[1]
+    most, zeros = max((p for _, p in spans), default=0), sides[0].shape[1]
     index = [[*range(start, start + p), *[zeros] * (most - p)] for start, p in spans]
-    index = torch.tensor(index, dtype=torch.long, device=sides[0].device)
+    index = torch.tensor(index, dtype=torch.long, device=sides[0].device).view(len(spans), most)
     return [F.pad(side.T, (0, 0, 0, 1))[index].mT for side in sides]
 
 
@@ -156,7 +157,7 @@ def _coordinates(basis, eps, factors):
     fresh = torch.cat([basis.double(), *fresh], 1)
     frame = torch.cat([fresh[:, :k], torch.linalg.qr(fresh).Q[:, k:]], 1)
     columns = frame.T @ fresh[:, k:]
-    columns[columns.abs() < NOISE * columns.norm()] = 0  # rounding, of what is in the basis
+    columns[columns.abs() < NOISE * columns.norm(dim=0)] = 0  # rounding, of what is in the basis
     return frame, torch.cat([F.pad(eps, (0, 0, 0, len(columns) - k)), columns], 1)
 
 
@@ -164,8 +165,8 @@ def _merge(side, other, spans, new, stack, variance, k, center, grow):
     """Phase 3 for one side of a layer, phase 1 without a basis: its next basis, all coefficients.
 
     side, other: (basis, eps, factors) of this side and the other, as `_coordinates` takes them.
-    spans: as `_by_task` takes them, of all tasks; the last `new` are new. This equals rebuilding
-    every adapter, stacking all and computing anew; its cost hardly depends on the number of tasks.
+    spans: as `_by_task` takes them, of all tasks; the last `new` are new. But for `grow` it
+    equals rebuilding every adapter and stacking all, at a cost that hardly grows with their number.
     """
     counted = spans[-new:] if grow else spans  # those whose columns make the next basis
     frame, columns = _coordinates(*side)
@@ -234,7 +235,7 @@ class Share:
     def __init__(self, variance=0.6, center=True, stack="factors"):
         fits = stack in ("factors", "updates")
         _require(fits, f"stack is {stack!r}; it takes 'factors' or 'updates'")
-        self.variance, self.center, self.stack = variance, center, stack
+        self.variance, self.stack, self.center = variance, stack, center and stack == "factors"
         self.bases, self.coefficients, self.spans = {}, {}, {}
         self.about, self.router = _Tasks(), None
         self.selected = None  # a task, a tuple with one per sample, or a function as `factors`
@@ -249,7 +250,7 @@ class Share:
         p: pseudo-rank of the coefficients, None for each adapter's own rank.
         """
         _check(p=p)
-        share = cls(variance, center and stack == "factors", stack)
+        share = cls(variance, center, stack)
         share.merge(adapters, k=k)
         for layer in share.layers if p else ():
             pairs = share._pairs(layer).items()
@@ -375,19 +376,21 @@ class Share:
         self.add(name, Adapter(factors), p or max([1, *(len(A) for _, A in factors.values())]))
 
     def remove(self, task):
-        """Forget a task; the bases stay. If it is selected, None is then."""
+        """Forget a task; the bases stay. If it is selected, None is then. Fit a Router anew."""
         self.about[task]  # raises UnknownTask
         del self.about[task]
         for layer in self.bases:
             others = {t: pair for t, pair in self._pairs(layer).items() if t != task}
             self._lay(layer, others)
-        self.selected = None if self.selected == task else self.selected
+        chosen = self.selected if isinstance(self.selected, tuple) else (self.selected,)
+        self.selected = None if task in chosen else self.selected
 
     def num_parameters(self, task=None):
         """How many numbers are stored: for one task (coefficients, extras), or in all."""
         if task is None:
-            bases = sum(basis.numel() for pair in self.bases.values() for basis in pair)
-            return bases + sum(map(self.num_parameters, self.tasks))
+            stored = [basis for pair in self.bases.values() for basis in pair]
+            stored += [self.router.means, self.router.scale] if self.router else []
+            return sum(t.numel() for t in stored) + sum(map(self.num_parameters, self.tasks))
         extras = self.about[task][1].values()
         eps = [e for layer in self.bases for e in self.eps(layer, task) or ()]
         return sum(t.numel() for t in (*extras, *eps))
@@ -395,15 +398,16 @@ class Share:
     def select(self, task):
         """What attached models add from now on: one task; nothing (None); or for a mixed batch a
         sequence, with one or the other for each sample along the first dimension."""
-        many = task is not None and not isinstance(task, str)
-        for name in {*(task if many else [task])} - {None}:
+        task = task if task is None or isinstance(task, str) else tuple(task)
+        for name in {*(task if isinstance(task, tuple) else [task])} - {None}:
             self.about[name]  # raises UnknownTask
-        self.selected = tuple(task) if many else task
+        self.selected = task
 
     def attach(self, model):
         """Make each nn.Linear that has bases a ShareLinear, freeze all parameters; returns `model`.
 
-        Heads and other extras are left to the caller. ValueError, with nothing changed: a layer is
+        Heads and other extras are left to the caller; models with one share belong on one device,
+        since bases and coefficients move along. ValueError, with nothing changed: a layer is
         missing, no plain nn.Linear (others may bypass forward), or has another shape.
         """
         linears, modules = {}, dict(model.named_modules(remove_duplicate=False))
@@ -519,12 +523,12 @@ class ShareLinear(nn.Linear):
         if task is None:
             return out
         if isinstance(task, tuple):
-            return out.add_(self.mixed(x, task).to(out.dtype))
+            return out.add_(self.mixed(x, task))  # rounds once, if out is in half precision
         pair = task(self.layer) if callable(task) else self.share.factors(self.layer, task)
         if not pair:
             return out
         left, right = pair  # formed first: a token then costs what a rank-p LoRA costs, for any k
-        return out.add_((x.to(right.dtype) @ right @ left.T).to(out.dtype))
+        return out.add_(x.to(right.dtype) @ right @ left.T)
 
     def mixed(self, x, tasks):
         """Each sample's own update of x (b, ..., d), with one product with alpha, one with beta."""
@@ -542,7 +546,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         out = super().forward(x)
-        return out.add_((x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T).to(out.dtype))
+        return out.add_(x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T)
 
 
 def attach_lora(model, targets, r=8):
@@ -634,7 +638,8 @@ def train_coefficients(
 
     own = [t.requires_grad_() for ts in (*learned.values(), *columns.values()) for t in ts]
     extra = list(extra_parameters)
-    groups = extra if extra and isinstance(extra[0], dict) else [{"params": extra}]
+    copies = [dict(group) for group in extra if isinstance(group, dict)]  # Adam adds to them
+    groups = copies or [{"params": extra}]
     optimizer, losses = torch.optim.Adam([{"params": own}, *groups], lr=lr), []
     trained = [q for group in optimizer.param_groups for q in group["params"]]
     with _restoring(share, model, trained[len(own) :]):
@@ -680,7 +685,7 @@ def load_peft(directory):
     except (ValueError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{directory} is damaged: {error}") from None
     names = ("peft_type", "init_lora_weights", *PEFT_VARIANTS)
-    found = {name: config[name] for name in names if config.get(name) not in (None, False)}
+    found = {name: config[name] for name in names if config.get(name)}
     start = found.get("init_lora_weights", True) in (True, "gaussian", "eva", "orthogonal")
     plain = found.get("peft_type") == "LORA" and start and found.keys().isdisjoint(PEFT_VARIANTS)
     _require(plain, f"{directory} is no plain LoRA on an unchanged model: {found}")
@@ -694,12 +699,15 @@ def load_peft(directory):
     for layer, pair in pairs.items():
         shapes = {side: tuple(tensor.shape) for side, tensor in pair.items()}
         B, A = (pair.get(side, torch.empty(0)) for side in "BA")
-        fits = B.dim() == A.dim() == 2 and B.shape[1] == len(A)
+        fits = B.dim() == A.dim() == 2 and B.shape[1] == len(A) > 0
         _require(fits, f"{directory}, layer {layer!r}: {shapes} are not A (r, d) and B (n, r)")
-        patterns = (config.get("alpha_pattern") or {}).items()  # PEFT takes the first that matches
-        matching = (value for key, value in patterns if re.match(rf"(.*\.)?({key})$", layer))
-        scale = next(matching, config.get("lora_alpha", 8))
-        scale /= math.sqrt(len(A)) if config.get("use_rslora") else len(A)
+        try:
+            patterns = (config.get("alpha_pattern") or {}).items()  # PEFT takes the first to match
+            matching = (value for key, value in patterns if re.match(rf"(.*\.)?({key})$", layer))
+            scale = next(matching, config.get("lora_alpha", 8))
+            scale /= math.sqrt(len(A)) if config.get("use_rslora") else len(A)
+        except (AttributeError, TypeError, re.error) as error:
+            raise ValueError(f"{directory}, layer {layer!r}: no scaling, {error}") from None
         dtype = torch.promote_types(A.dtype, torch.float32)
         factors[layer] = B.to(dtype) * scale, A.to(dtype)
     return Adapter(factors, extras, config)

@@ -391,6 +391,56 @@ def test_a_task_without_any_update_stays_so_and_is_no_hindrance_to_a_merge():
         assert relative(share.reconstruct("b").delta(layer), adapters["b"].delta(layer)) < 1e-9
 
 
+@pytest.mark.parametrize("stack", ["factors", "updates"])
+def test_a_merge_keeps_a_small_adapter_that_lies_in_the_bases_beside_a_large_one(stack):
+    share = Share.from_adapters(make_adapters("abc"), variance=1.0, stack=stack)
+    (B, A), large = share.reconstruct("a").factors["first"], make_adapters("l")["l"]
+    large.factors = {"first": large.factors["first"]}
+    share.merge({"large": large, "small": Adapter({"first": (1e-8 * B, A)})}, grow=True)
+    assert relative(share.reconstruct("small").delta("first"), 1e-8 * B @ A) < 1e-6
+
+
+def test_an_untrained_layer_keeps_a_rank_that_other_adapters_and_files_accept(tmp_path):
+    adapters = make_adapters("ab")
+    for adapter in adapters.values():
+        B, A = adapter.factors["first"]
+        adapter.factors["first"] = torch.zeros_like(B), A
+    share = Share.from_adapters(adapters, p=2)
+    share.add("again", share.reconstruct("a"))
+    share.average(["a", "b"], "mean")
+    save_peft(share.reconstruct("a"), tmp_path / "a")
+    B, A = load_peft(tmp_path / "a").factors["first"]
+    assert not B.any() and B.shape[1] == len(A) == 1
+
+
+def test_the_mean_is_never_part_of_stacked_updates_however_the_share_is_made():
+    adapters = make_adapters("abc")
+    share = Share(variance=0.6, stack="updates")
+    share.merge(adapters)
+    made = Share.from_adapters(adapters, variance=0.6, stack="updates")
+    assert torch.equal(share.bases["first"][0], made.bases["first"][0])
+
+
+def test_removing_a_task_of_a_selected_mixture_selects_none():
+    share, model = attached("ab")
+    share.select(["a", None])
+    share.remove("b")
+    assert share.selected == ("a", None)
+    share.remove("a")
+    assert share.selected is None
+
+
+def test_an_empty_batch_and_tasks_from_a_generator_can_be_selected():
+    share, model = attached("ab")
+    x = batch()[:2]
+    share.select(task for task in ("a", "b"))
+    mixed = model(x)
+    share.select("b")
+    assert relative(mixed[1], model(x)[1]) < 1e-12
+    share.select([])
+    assert model(x[:0]).shape == mixed[:0].shape
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -546,6 +596,15 @@ def test_building_holds_little_more_than_one_stack_in_double_at_a_time():
     adapters = make_adapters(names, **settings)
     peak = train.peak_memory(lambda: Share.from_adapters(adapters))
     assert 1 < peak / (512 * 800 * 8) < 1.5
+
+
+def test_bases_stay_when_no_task_is_left_and_one_without_an_update_comes():
+    share = Share.from_adapters(make_adapters("a"))
+    before, (B, A) = share.bases["first"], share.reconstruct("a").factors["first"]
+    share.remove("a")
+    share.merge({"zero": Adapter({"first": (0 * B, 0 * A)})})
+    for basis, old in zip(share.bases["first"], before):
+        assert_same_span(basis, old)
 
 
 def test_directions_that_no_task_uses_any_more_stay_in_the_bases():
@@ -1153,6 +1212,17 @@ def test_finetuning_goes_on_from_the_stored_coefficients_of_that_task_alone():
         train_coefficients(share, model, "x", [x], square_loss, finetune=True)
 
 
+def test_groups_of_extra_parameters_can_be_used_again_at_another_rate():
+    share, model = attached()
+    bias = torch.zeros(1, dtype=torch.float64, device=DEVICE)
+    groups = [{"params": [bias]}]
+    loss = lambda model, x: square_loss(model, x) + (bias - 9).square().sum()
+    for task, lr in (("slow", 1e-3), ("fast", 0.1)):
+        before = bias.clone()
+        train_coefficients(share, model, task, [batch()], loss, lr=lr, extra_parameters=groups)
+        assert float(bias - before) == pytest.approx(lr, rel=1e-3)
+
+
 @pytest.mark.parametrize("grow", [True, False])
 def test_temporary_columns_reach_outside_the_bases_and_end_in_a_merge(grow):
     share, model = attached(center=False)
@@ -1615,6 +1685,9 @@ def test_a_router_is_saved_and_loaded_with_the_share(tmp_path):
     loaded, x = Share.load(tmp_path / "s"), torch.randn(50, 3) * 9
     assert loaded.router.route(x) == share.router.route(x)
     assert loaded.router.radius == share.router.radius
+    without = copy.copy(share)
+    without.router = None
+    assert loaded.num_parameters() == without.num_parameters() + 2 * 3 + 3 * 3  # means, scale
 
 
 def test_a_router_refuses_what_has_no_mean_or_spread():
