@@ -926,6 +926,16 @@ def test_a_compiled_model_follows_the_selection():
         assert torch.allclose(compiled(x), model(x))
 
 
+def test_folding_a_task_in_leaves_a_module_alone_that_shares_the_weight():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 6), "b": torch.nn.Linear(6, 6)})
+    model["b"].weight = model["a"].weight
+    before = model["b"].weight.clone()
+    share = Share.from_adapters({"t": Adapter({"a": (torch.ones(6, 1), torch.ones(1, 6))})})
+    share.detach(share.attach(model), "t")
+    assert torch.equal(model["b"].weight, before)
+    assert torch.allclose(model["a"].weight, before + 1, atol=1e-5)
+
+
 def test_selecting_and_applying_a_task_forms_no_dense_update():
     share = Share.from_adapters(make_adapters("ab", shapes={"0": (300, 400)}, dtype=torch.float32))
     model = share.attach(nn.Sequential(nn.Linear(400, 300)).to(DEVICE))
@@ -1529,11 +1539,24 @@ def test_a_written_directory_says_each_layers_rank_and_nothing_else_of_scaling(t
     + [{"layer_replication": [[0, 1]]}, {"alora_invocation_tokens": [1]}],
 )
 def test_what_is_not_plain_lora_is_refused_by_directory_and_reason(tmp_path, changes):
-    peft_directory(tmp_path / "a", {"use_dora": False, "init_lora_weights": "gaussian"})
+    plain = {"use_dora": False, "init_lora_weights": "gaussian", "target_parameters": []}
+    peft_directory(tmp_path / "a", plain)
     load_peft(tmp_path / "a")
     peft_directory(tmp_path / "a", changes)
     with pytest.raises(ValueError, match=f"a is no plain LoRA .*{next(iter(changes))}"):
         load_peft(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora_alpha": None}, {"lora_alpha": "x"}, {"alpha_pattern": [1]}, {"alpha_pattern": {"(": 2}}],
+)
+def test_a_scaling_that_cannot_be_computed_is_refused_by_directory_and_layer(tmp_path, changes):
+    peft_directory(tmp_path / "a", changes)
+    with pytest.raises(ValueError, match="a, layer '.*no scaling"):
+        load_peft(tmp_path / "a")
+    peft_directory(tmp_path / "a", {"lora_alpha": 2, "alpha_pattern": {"q": 2}})
+    load_peft(tmp_path / "a")
 
 
 def test_a_peft_directory_with_other_tensors_is_refused_by_name(tmp_path):
