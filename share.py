@@ -608,8 +608,8 @@ def train_coefficients(
     train, as an optimizer takes it (tensors, or groups with an lr). finetune: go on with a task
     that exists, at its p. on_step(step, loss): called after each step.
 
-    Afterwards selection, buffers, requires_grad and .grad are as before, and after a failure or
-    Ctrl-C so are share and extra parameters. Raises ValueError for an argument out of range, a
+    Afterwards selection, buffers (what is changed in place), requires_grad and .grad are as before,
+    and after a failure or Ctrl-C so are share and extra parameters. Raises ValueError for an argument out of range, a
     model that is not attached, no batch, or a number that becomes NaN or infinite.
     """
     attached = {m.layer for m in model.modules() if isinstance(m, ShareLinear) and m.share is share}
