@@ -609,8 +609,9 @@ def train_coefficients(
     that exists, at its p. on_step(step, loss): called after each step.
 
     Afterwards selection, buffers (what is changed in place), requires_grad and .grad are as before,
-    and after a failure or Ctrl-C so are share and extra parameters. Raises ValueError for an argument out of range, a
-    model that is not attached, no batch, or a number that becomes NaN or infinite.
+    and after a failure or Ctrl-C so are share and extra parameters. Raises ValueError for an
+    argument out of range, a model that is not attached, no batch, or a number that becomes NaN or
+    infinite.
     """
     attached = {m.layer for m in model.modules() if isinstance(m, ShareLinear) and m.share is share}
     missing = sorted(share.bases.keys() - attached)
