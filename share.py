@@ -83,7 +83,7 @@ def _directions(X, variance=1.0, k=None):
         squares, U = torch.linalg.eigh(X.T @ X if len(X) > X.shape[1] else X @ X.T)
         squares, U = squares.flip(0), U.flip(1)
     q = min(count(squares), int((squares > NOISE**2 * squares[:1]).sum()))
-    U = U[:, :q]  # for a tall X, of its rows
+    U = U[:, :q]  # (n, q), or from a tall X's Gram matrix (m, q), of its rows
     return U if len(U) == len(X) else torch.linalg.qr(X @ U).Q, squares[:q].sqrt()
 
 
