@@ -1,44 +1,239 @@
-"""Twelve secret ciphers, learned one after another: Share against LoRA.
+"""The method at work: where adapters come from, who picks the task, and an experiment.
 
-A Vigenère cipher adds a key of three letters, over and over, to a message of twelve: letter t of
-the answer is x_t + key[t mod 3], modulo an alphabet of 16. The base model is pre-trained with the
-key in clear in front of the message. A task is one secret key: its prompt shows an opaque tag
-instead, which the base has never seen, so that an adapter must hold the key. Chance is 1/16.
+Twelve secret ciphers, learned one after another: Share against LoRA. A Vigenère cipher adds a key
+of three letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3],
+modulo an alphabet of 16. The base model is pre-trained with the key in clear in front of the
+message. A task is one secret key: its prompt shows an opaque tag instead, which the base has never
+seen, so that an adapter must hold the key. Chance is 1/16.
 
     python train.py              the whole comparison, which asserts its claims
     python train.py --seeds 5    the same for several seeds: mean ± standard deviation
-    python train.py --sweep      the ablation: variance, stack and p, beside random bases
-    python train.py --scaling    what a merge and a training step cost
+    python train.py --sweep      the ablations: variance, stack and p; and what phi is for
+    python train.py --scaling    what building, a merge and a training step cost
     python train.py --quick      a smoke run on a smaller model
 """
 
 import argparse
+import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
+import re
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from share import Adapter, Router, Share, ToyTransformer, attach_lora, lora_adapter
-from share import train_coefficients
+from share import Adapter, Share, ToyTransformer, from_set, train_coefficients, write_whole
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# --- 1. Adapters: a LoRA of our own, and PEFT's files
+class LoRALinear(nn.Linear):
+    """h = W0 x + B A x with W0 frozen (Hu et al. 2021): the baseline and the source of adapters."""
+
+    def forward(self, input):
+        out = super().forward(input)
+        update = input.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T
+        return (out + update).to(out.dtype)
+
+def attach_lora(model, targets, r=8):
+    """Make LoRALinear of each nn.Linear whose name ends in one of `targets`, freeze all else.
+
+    Returns `model`. Raises ValueError for a target that ends no nn.Linear's name."""
+    if type(r) is not int or r < 1:
+        raise ValueError(f"r is {r!r}; it takes an integer, 1 or more")
+    linears = {f".{name}": m for name, m in model.named_modules() if type(m) is nn.Linear}
+    endings = tuple(f".{target}" for target in targets)
+    for ending in endings:
+        if not any(name.endswith(ending) for name in linears):
+            raise ValueError(f"target {ending[1:]!r} ends the name of no nn.Linear in the model")
+    model.requires_grad_(False)
+    for name, linear in linears.items():
+        if name.endswith(endings):
+            W0 = linear.weight.to(torch.promote_types(linear.weight.dtype, torch.float32))
+            linear.lora_A = nn.Parameter(W0.new_empty(r, linear.in_features))
+            linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r))
+            nn.init.kaiming_uniform_(linear.lora_A, a=5**0.5)
+            linear.__class__ = LoRALinear
+    return model
+
+def lora_adapter(model):
+    """The Adapter, a copy, that a model's LoRALinear layers hold."""
+    factors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            factors[name] = module.lora_B.detach().clone(), module.lora_A.detach().clone()
+    return Adapter(factors)
+
+PEFT_VARIANTS = (  # what makes a PEFT adapter something else than W0 x + scaling B A x
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+)
+PEFT_STARTS = (True, "gaussian", "eva", "orthogonal")  # initialisations that leave W0 as it is
+PEFT_START_CONFIGS = ("eva_config", "corda_config", "loftq_config")
+
+def load_peft(directory):
+    """The Adapter in a PEFT directory: adapter_config.json and adapter_model.safetensors.
+
+    PEFT's scaling is folded into B: lora_alpha / r, or / √r with use_rslora. Other tensors (heads,
+    biases) become extras under their names in the file; the config is kept as read. Raises
+    FileNotFoundError; ValueError, which names the directory, for damage and all but plain LoRA."""
+    directory = Path(directory)
+    text = (directory / "adapter_config.json").read_bytes()
+    raw = (directory / "adapter_model.safetensors").read_bytes()
+    try:
+        config = dict(json.loads(text))
+        tensors = safetensors.torch.load(raw)
+    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{directory} is damaged: {error}") from None
+    says = {name: config[name] for name in ("peft_type", *PEFT_VARIANTS) if config.get(name)}
+    says["init_lora_weights"] = config.get("init_lora_weights") or True
+    plain = says.keys() == {"peft_type", "init_lora_weights"} and says["peft_type"] == "LORA"
+    if not plain or says["init_lora_weights"] not in PEFT_STARTS:
+        raise ValueError(f"{directory} is no plain LoRA on an unchanged model: {says}")
+
+    pairs, extras = {}, {}
+    for name, tensor in tensors.items():
+        factor = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(\.default)?\.weight", name)
+        if factor:
+            pairs.setdefault(factor[1], {})[factor[2]] = tensor
+        elif ".lora_" in name:
+            known = "base_model.model.LAYER.lora_A.weight or ...lora_B.weight, of a linear layer"
+            raise ValueError(f"{directory}: {name!r} is no {known}")
+        else:
+            extras[name] = tensor
+    if not pairs:
+        raise ValueError(f"{directory} has no LoRA weights")
+    factors = {}
+    for layer, pair in pairs.items():
+        B, A = pair.get("B", torch.empty(0)), pair.get("A", torch.empty(0))
+        if not (B.dim() == A.dim() == 2 and B.shape[1] == len(A) > 0):
+            shapes = {side: tuple(tensor.shape) for side, tensor in pair.items()}
+            raise ValueError(f"{directory}, layer {layer!r}: {shapes}, not A (r, d) and B (n, r)")
+        try:
+            scaling = peft_scaling(config, layer, len(A))
+        except (AttributeError, TypeError, re.error) as error:
+            raise ValueError(f"{directory}, layer {layer!r}: no scaling, {error}") from None
+        dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+        factors[layer] = B.to(dtype) * scaling, A.to(dtype)
+    return Adapter(factors, extras, config)
+
+def peft_scaling(config, layer, r):
+    """What PEFT multiplies B A of a layer with; the first alpha_pattern that matches counts."""
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            alpha = value
+            break
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+def save_peft(adapter, directory):
+    """Write an Adapter as a directory for PEFT and what serves PEFT adapters.
+
+    Its config is kept, but for how ΔW is scaled and how it was initialised, which says nothing
+    about finished weights; without target_modules in it they are one pattern of the layers' full
+    names. ValueError, with nothing written, for a config that JSON cannot hold."""
+    directory = Path(directory)
+    names = {layer: re.escape(layer) for layer in adapter.factors}
+    ranks = {f"^{names[layer]}": len(A) for layer, (_, A) in adapter.factors.items()}
+    r = max(ranks.values())
+    config = {"target_modules": "|".join(names.values()), **adapter.config, "peft_type": "LORA"}
+    config |= {"r": r, "lora_alpha": r, "use_rslora": False, "init_lora_weights": True}
+    config |= {"rank_pattern": ranks, "alpha_pattern": ranks}
+    config = {key: value for key, value in config.items() if key not in PEFT_START_CONFIGS}
+    tensors = dict(adapter.extras)
+    for layer, (B, A) in adapter.factors.items():
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = A
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = B
+    for name, tensor in tensors.items():  # safetensors takes no views
+        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    text = json.dumps(config, indent=2, default=from_set)
+    raw = safetensors.torch.save(tensors, {"format": "pt"})
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / "adapter_model.safetensors", raw)
+    write_whole(directory / "adapter_config.json", text.encode())
+
+# --- 2. When nobody names the task (ours; the paper takes it as known)
+@dataclass
+class Router:
+    """Picks the task: the nearest class mean, or the base (None) when none is near.
+
+    Distances are Mahalanobis': features (N, f) @ scale (f, f) are uncorrelated and of variance 1
+    within a task. means: (t, f), scaled, in the order of tasks; radius: how far is near."""
+
+    tasks: list[str]
+    means: Tensor
+    scale: Tensor
+    radius: float
+
+    @classmethod
+    def fit(cls, features):
+        """From {task: features (N, f)}, of which none is kept; better many more than f in all.
+
+        Near is half-way between where 98 % are to their own mean and where 2 % are to another
+        task's; the former alone where these overlap or there is one task."""
+        for task, x in features.items():
+            if not (x.dim() == 2 and len(x) > 1 and x.isfinite().all()):
+                what = f"features {tuple(x.shape)} are not finite (N >= 2, f)"
+                raise ValueError(f"task {task!r}: {what}")
+        own = []  # of each sample its distance from the mean of the others of its task
+        for samples in features.values():
+            others = len(samples) / (len(samples) - 1)
+            own.append((samples - samples.mean(0)).double() * others)
+        own = torch.cat(own)
+        covariance = own.T @ own / len(own)
+        spread = covariance.diagonal().clamp_min(1e-6 * covariance.max() + 1e-30)
+        covariance = covariance.lerp(spread.diag(), 0.1)  # or directions seen by few look certain
+        scale = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+        means = torch.stack([samples.double().mean(0) @ scale for samples in features.values()])
+        radius = torch.quantile((own @ scale).norm(dim=1), 0.98)
+        if len(features) > 1:
+            x = torch.cat(list(features.values())).double() @ scale
+            second = torch.cdist(x, means).sort(1).values[:, 1]  # the nearest but its own
+            radius = torch.maximum(radius, (radius + torch.quantile(second, 0.02)) / 2)
+        return cls(list(features), means, scale, float(radius))
+
+    def route(self, features):
+        """features (N, f) -> for each sample its task or None, as `Share.select` takes them."""
+        if features.shape[1:] != self.scale.shape[1:]:
+            given = features.shape[-1]
+            raise ValueError(f"features of {given} numbers; the router takes {len(self.scale)}")
+        distances, nearest = torch.cdist(features.to(self.scale) @ self.scale, self.means).min(1)
+        near = (distances <= self.radius).tolist()
+        return [self.tasks[i] if close else None for i, close in zip(nearest, near)]
+
+def average(share, tasks, name, p=None):
+    """A new task: the best rank-p fit to the mean of the tasks' ΔW (p None: all of it).
+
+    Coefficients cannot be averaged one by one: (B, A) and (-B, -A) are the same ΔW."""
+    parts = [share.reconstruct(task).factors for task in tasks]
+    factors = {}
+    for layer in share.layers:
+        pairs = [part[layer] for part in parts if layer in part]
+        if pairs:
+            B = torch.cat([B for B, _ in pairs], dim=1) / len(parts)
+            factors[layer] = B, torch.cat([A for _, A in pairs])
+    if p is None:
+        p = max((len(A) for _, A in factors.values()), default=1)
+    share.add(name, Adapter(factors), p)
+
+# --- 3. The experiment: settings, data and measures
 LETTERS, KEY, MESSAGE = 16, 3, 12
 TARGETS = ("q", "k", "v", "o", "up", "down")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 START = time.perf_counter()
-
 
 @dataclass
 class Settings:
-    seed: int = 0
+    seed: int = 0  # of the keys, the data and the models
     width: int = 128  # of the model's stream
     base_steps: int = 150  # of pre-training
     base_batch: int = 64  # prompts a step
@@ -47,6 +242,7 @@ class Settings:
     later: int = 8  # tasks learned by coefficients alone
     r: int = 8  # rank of each LoRA
     lora_lr: float = 5e-3
+    lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
     variance: float = 0.95  # that the bases explain
     stack: str = "updates"
     p: int = 1  # pseudo-rank
@@ -58,36 +254,31 @@ class Settings:
     batch: int = 16  # prompts a step
     test: int = 128  # prompts behind each accuracy
 
-
 QUICK = {"width": 64, "base_steps": 100, "first": 2, "later": 2}
 QUICK |= {"lora_steps": 40, "steps": 40, "joint_steps": 40}
 
-
 def say(method, text):
     print(f"{time.perf_counter() - START:6.1f} s  {method:16}{text}", flush=True)
-
 
 def encipher(key, message):
     """key (b, 3) and message (b, 12) -> answer (b, 12)."""
     return (message + key.repeat(1, MESSAGE // KEY)) % LETTERS
 
-
 def make_batch(generator, key, tag=None):
     """Keys (b, 3), shown in clear or each behind its tag (b,) -> tokens (b, 15), answer (b, 12).
-
-    Tokens are 16 letters, 16 key letters, and tags.
-    """
+    Tokens are 16 letters, 16 key letters, and tags."""
     message = torch.randint(LETTERS, (len(key), MESSAGE), generator=generator)
     shown = LETTERS + key if tag is None else 2 * LETTERS + tag[:, None].expand(-1, KEY)
     return torch.cat([shown, message], 1).to(DEVICE), encipher(key, message).to(DEVICE)
-
 
 class Tasks:
     """The secret keys, their prompts for training, and a fixed set for testing each."""
 
     def __init__(self, s):
-        self.s, generator = s, torch.Generator().manual_seed(1000 + s.seed)
+        self.s = s
+        generator = torch.Generator().manual_seed(1000 + s.seed)
         self.keys = torch.randint(LETTERS, (s.first + s.later, KEY), generator=generator)
+        self.names = [f"task {t}" for t in range(len(self.keys))]
         tags = [torch.full((s.test,), t) for t in range(len(self.keys))]
         self.tests = [make_batch(generator, self.keys[tag], tag) for tag in tags]
 
@@ -101,65 +292,49 @@ class Tasks:
                 tag = torch.randint(number, (self.s.batch,), generator=generator)
             yield make_batch(generator, self.keys[tag], tag)
 
+    def accuracies(self, model):
+        return [accuracy(model, test) for test in self.tests]
 
 def logits(model, tokens):
     """The model answers each letter of the message in that letter's own place."""
     return model(tokens)[:, KEY:, :LETTERS]
 
-
 def loss_fn(model, batch):
     tokens, answer = batch
     return F.cross_entropy(logits(model, tokens).flatten(0, 1), answer.flatten())
 
-
 @torch.no_grad()
-def letters(model, batch):
+def letters_right(model, batch):
     """The part of its letters that is right, for each prompt (b,)."""
     tokens, answer = batch
     return (logits(model, tokens).argmax(-1) == answer).float().mean(1)
 
-
 def accuracy(model, batch):
-    return float(letters(model, batch).mean())
-
+    return float(letters_right(model, batch).mean())
 
 @torch.no_grad()
 def mean_hidden(model, tokens):
     """Features for the Router: the base model's hidden state, averaged over the prompt (b, f)."""
     return model.hidden(tokens).mean(1)
 
-
 def metrics(R):
     """ACC, BWT (Lopez-Paz and Ranzato 2017) and forgetting (Chaudhry et al. 2018).
+    R[i][j] is the accuracy on task j after task i was learned."""
+    T, earlier = len(R), range(len(R) - 1)
+    bwt = sum(R[-1][j] - R[j][j] for j in earlier) / (T - 1)
+    forgetting = sum(max(R[i][j] for i in earlier) - R[-1][j] for j in earlier) / (T - 1)
+    return {"acc": sum(R[-1]) / T, "bwt": bwt, "forgetting": forgetting}
 
-    R[i][j] is the accuracy on task j after task i was learned.
-    """
-    T = len(R)
-    earlier = range(T - 1)
-    return {
-        "acc": sum(R[-1]) / T,
-        "bwt": sum(R[-1][j] - R[j][j] for j in earlier) / (T - 1),
-        "forgetting": sum(max(R[i][j] for i in earlier) - R[-1][j] for j in earlier) / (T - 1),
-    }
+def row(accuracies, trained, stored, matrix=None):
+    """A row of the table. matrix: R, of a method that learns task by task."""
+    alone = {"acc": sum(accuracies) / len(accuracies), "bwt": None, "forgetting": None}
+    scores = alone if matrix is None else metrics(matrix)
+    return {"accuracy_matrix": matrix, **scores, "trained_per_task": trained, "stored": stored}
 
-
-def fit(model, batches, steps, lr):
-    """Adam on what is not frozen, the rate falling to zero in a straight line."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    for batch in batches:
-        optimizer.zero_grad()
-        loss = loss_fn(model, batch)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return loss.item()
-
-
+# --- The experiment: its methods, of which each returns its row
 def pretrain(s):
     """The base model, which deciphers with any key that it is shown, and prompts to test that."""
-    vocabulary = 2 * LETTERS + s.first + s.later
-    model = ToyTransformer(vocabulary, s.width, length=KEY + MESSAGE).to(DEVICE)
+    model = ToyTransformer(2 * LETTERS + s.first + s.later, s.width, length=KEY + MESSAGE)
     generator = torch.Generator().manual_seed(s.seed)
 
     def clear(size):
@@ -171,15 +346,84 @@ def pretrain(s):
                 say("base", f"pre-training, step {step} of {s.base_steps}")
             yield clear(s.base_batch)
 
-    fit(model, batches(), s.base_steps, s.base_lr)
+    fit(model.to(DEVICE), batches(), s.base_steps, s.base_lr)
     return model, clear(s.test)
 
+def fit(model, batches, steps, lr):
+    """Adam on what is not frozen, the rate falling to zero in a straight line; the last loss."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = loss_fn(model, batch)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return loss.item()
 
-def train_lora(s, base, tasks, task, steps, model=None):
-    """A model with a LoRA, a new one unless it is given, trained on a task (None: on all)."""
-    model = model or attach_lora(copy.deepcopy(base), TARGETS, s.r)
-    return model, fit(model, tasks.batches(task, steps), steps, s.lora_lr)
+def tell(method, t, loss, accuracies):
+    """A line of progress. accuracies: on tasks 0 to t, after task t was learned."""
+    *earlier, own = accuracies
+    more = f"  earlier tasks {sum(earlier) / len(earlier):.3f}" if earlier else ""
+    say(method, f"task {t:2d}  loss {loss:.3f}  accuracy {own:.3f}{more}")
 
+def num_trained(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+def lora_per_task(s, base, tasks, method, r, lr, count=None):
+    """One LoRA for each of the first `count` tasks: the adapters and their accuracies."""
+    adapters, lora_accuracies = {}, []
+    for t, name in enumerate(tasks.names[:count]):
+        model = attach_lora(copy.deepcopy(base), TARGETS, r)
+        loss = fit(model, tasks.batches(t, s.lora_steps), s.lora_steps, lr)
+        adapters[name] = lora_adapter(model)
+        lora_accuracies.append(accuracy(model, tasks.tests[t]))
+        tell(method, t, loss, lora_accuracies[t:])
+    return adapters, lora_accuracies
+
+def row_of_loras(adapters, lora_accuracies, unknown):
+    """unknown: the base's accuracies, which stand for tasks still to come."""
+    T = len(adapters)
+    lora_matrix = [lora_accuracies[: t + 1] + unknown[t + 1 :] for t in range(T)]
+    one = next(iter(adapters.values())).factors.values()
+    trained = sum(B.numel() + A.numel() for B, A in one)
+    return row(lora_accuracies, trained, T * trained, lora_matrix)
+
+def lora_sequential(s, base, tasks):
+    """One LoRA, trained through the tasks."""
+    model, R = attach_lora(copy.deepcopy(base), TARGETS, s.r), []
+    for t in range(len(tasks.names)):
+        loss = fit(model, tasks.batches(t, s.lora_steps), s.lora_steps, s.lora_lr)
+        R.append(tasks.accuracies(model))
+        tell("lora_sequential", t, loss, R[t][: t + 1])
+    return row(R[-1], num_trained(model), num_trained(model), R)
+
+def lora_joint(s, base, tasks):
+    """One LoRA on all tasks at once."""
+    model = attach_lora(copy.deepcopy(base), TARGETS, s.r)
+    loss = fit(model, tasks.batches(None, s.joint_steps), s.joint_steps, s.lora_lr)
+    joint_accuracies = tasks.accuracies(model)
+    tell("lora_joint", len(joint_accuracies) - 1, loss, joint_accuracies)
+    return row(joint_accuracies, None, num_trained(model))
+
+def learn_tasks(s, base, tasks, unknown, lora_matrix, method, share, phi=0, grow=False):
+    """Learn the tasks that the share does not have yet by coefficients: the model and the row.
+    lora_matrix: the first tasks' accuracies, measured with their own adapters before there was a
+    basis, so that what the bases lose counts as forgetting."""
+    model = share.attach(copy.deepcopy(base))
+    R = lora_matrix[: len(share.tasks)]
+    for t in range(len(R), len(tasks.names)):
+        shapes = [basis.shape for pair in share.bases.values() for basis in pair]
+        trained = sum(s.p * (k + phi) + phi * n for n, k in shapes)
+        settings = {"p": s.p, "phi": phi, "grow": grow, "lr": s.lr}
+        batches = tasks.batches(t, s.steps)
+        losses = train_coefficients(share, model, tasks.names[t], batches, loss_fn, **settings)
+        R.append(list(unknown))
+        for j in range(t + 1):
+            share.select(tasks.names[j])
+            R[t][j] = accuracy(model, tasks.tests[j])
+        tell(method, t, losses[-1], R[t][: t + 1])
+    return model, row(R[-1], trained, share.num_parameters(), R)
 
 def randomise(share):
     """Random orthonormal bases of the same sizes, and no task: no adapter fits into them."""
@@ -190,130 +434,91 @@ def randomise(share):
         share.remove(name)
     return share
 
+def share_routed(s, base, tasks, share, model, clear):
+    """The Router picks the task of each prompt: all tasks' and some with the key in clear."""
+    hidden = {}
+    for t, name in enumerate(tasks.names):
+        prompts = torch.cat([tokens for tokens, _ in tasks.batches(t, 8)])
+        hidden[name] = mean_hidden(base, prompts)
+    router = Router.fit(hidden)
+    tokens = torch.cat([tokens for tokens, _ in (*tasks.tests, clear)])
+    answer = torch.cat([answer for _, answer in (*tasks.tests, clear)])
+    route = router.route(mean_hidden(base, tokens))
+    share.select(route)  # in one mixed batch
+    parts = letters_right(model, (tokens, answer)).split(s.test)
+    *routed_accuracies, clear_accuracy = [float(part.mean()) for part in parts]
+    wanted = [name for name in (*tasks.names, None) for _ in range(s.test)]
+    right = sum(a == b for a, b in zip(route, wanted)) / len(wanted)
+    say("share_routed", f"routed right {right:.3f}, key in clear {clear_accuracy:.3f}")
+    stored = share.num_parameters() + router.means.numel() + router.scale.numel()
+    kept = clear_accuracy / accuracy(base, clear)
+    return row(routed_accuracies, None, stored) | {"routed_right": right, "base_kept": kept}
+
+def share_average(tasks, share, model):
+    """The mean of all tasks' updates as one more task."""
+    average(share, tasks.names, "average")
+    share.select("average")
+    return row(tasks.accuracies(model), None, share.num_parameters("average"))
+
+def share_general(s, tasks, share, model):
+    """One set of coefficients, trained on the mixture of all tasks."""
+    mixture = tasks.batches(None, s.joint_steps)
+    losses = train_coefficients(share, model, "general", mixture, loss_fn, p=s.general_p, lr=s.lr)
+    share.select("general")
+    general_accuracies = tasks.accuracies(model)
+    tell("share_general", len(general_accuracies) - 1, losses[-1], general_accuracies)
+    return row(general_accuracies, share.num_parameters("general"), share.num_parameters("general"))
 
 def compare(s):
     """Every row of the table, for one seed: {name: {accuracy_matrix, acc, bwt, …}}."""
     torch.manual_seed(s.seed)
-    tasks, methods, T = Tasks(s), {}, s.first + s.later
-
-    def tell(method, t, loss, found, earlier):
-        more = f"  earlier tasks {sum(earlier) / len(earlier):.3f}" if earlier else ""
-        say(method, f"task {t:2d}  loss {loss:.3f}  accuracy {found:.3f}{more}")
-
-    def evaluate(model):
-        return [accuracy(model, test) for test in tasks.tests]
-
-    def record(name, R, trained, stored, began):
-        """R: an accuracy matrix, or only the accuracies of what is not learned task by task."""
-        matrix = R if isinstance(R[0], list) else None
-        scores = metrics(R) if matrix else {"acc": sum(R) / T, "bwt": None, "forgetting": None}
-        row = {"accuracy_matrix": matrix, **scores, "trained_per_task": trained, "stored": stored}
-        methods[name] = row | {"seconds": time.perf_counter() - began}
-
+    tasks = Tasks(s)
     base, clear = pretrain(s)
-    began, unknown, skill = time.perf_counter(), evaluate(base), accuracy(base, clear)
-    say("base", f"key in clear {skill:.3f}, behind a tag {sum(unknown) / T:.3f}")
-    record("base", unknown, None, 0, began)
+    unknown = tasks.accuracies(base)
+    rows = {"base": row(unknown, None, 0)}
+    say("base", f"key in clear {accuracy(base, clear):.3f}, behind a tag {rows['base']['acc']:.3f}")
 
-    adapters, own, began = {}, [], time.perf_counter()
-    for t in range(T):
-        model, loss = train_lora(s, base, tasks, t, s.lora_steps)
-        adapters[f"task {t}"] = lora_adapter(model)
-        own.append(accuracy(model, tasks.tests[t]))
-        tell("lora_per_task", t, loss, own[t], None)
-    lora = sum(B.numel() + A.numel() for B, A in adapters["task 0"].factors.values())
-    # tasks still to come have no adapter yet: the base answers
-    apart = [own[: i + 1] + unknown[i + 1 :] for i in range(T)]
-    record("lora_per_task", apart, lora, T * lora, began)
+    adapters, found = lora_per_task(s, base, tasks, "lora_per_task", s.r, s.lora_lr)
+    rows["lora_per_task"] = row_of_loras(adapters, found, unknown)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # the others draw as without it
+        control = lora_per_task(s, base, tasks, "lora_r1", 1, s.lora_r1_lr)
+    rows["lora_r1"] = row_of_loras(*control, unknown)
+    rows["lora_sequential"] = lora_sequential(s, base, tasks)
+    rows["lora_joint"] = lora_joint(s, base, tasks)
 
-    R, model, began = [], None, time.perf_counter()
-    for t in range(T):
-        model, loss = train_lora(s, base, tasks, t, s.lora_steps, model)
-        R.append(evaluate(model))
-        tell("lora_sequential", t, loss, R[t][t], R[t][:t])
-    record("lora_sequential", R, lora, lora, began)
-
-    began = time.perf_counter()
-    model, loss = train_lora(s, base, tasks, None, s.joint_steps)
-    record("lora_joint", evaluate(model), None, lora, began)
-    say("lora_joint", f"all tasks  loss {loss:.3f}  accuracy {methods['lora_joint']['acc']:.3f}")
-
-    names = list(adapters)
-    first = {name: adapters[name] for name in names[: s.first]}
+    first = {name: adapters[name] for name in tasks.names[: s.first]}
     built = Share.from_adapters(first, variance=s.variance, stack=s.stack)
-
-    def learn(method, share, phi=0, grow=False):
-        """Learn the tasks that the share does not have yet by coefficients, one after another."""
-        began, model = time.perf_counter(), share.attach(copy.deepcopy(base))
-        R = apart[: len(share.tasks)]  # measured with the adapters, before there was a basis
-        for t in range(len(R), T):
-            shapes = [basis.shape for pair in share.bases.values() for basis in pair]
-            trained = sum(s.p * (k + phi) + phi * n for n, k in shapes)
-            batches, settings = tasks.batches(t, s.steps), {"phi": phi, "grow": grow, "lr": s.lr}
-            losses = train_coefficients(share, model, names[t], batches, loss_fn, p=s.p, **settings)
-            R.append(list(unknown))
-            for j in range(t + 1):
-                share.select(names[j])
-                R[t][j] = accuracy(model, tasks.tests[j])
-            tell(method, t, losses[-1], R[t][t], R[t][:t])
-        record(method, R, trained, share.num_parameters(), began)
-        return model
-
+    lora_matrix = rows["lora_per_task"]["accuracy_matrix"]
+    learn = functools.partial(learn_tasks, s, base, tasks, unknown, lora_matrix)
     share = copy.deepcopy(built)
-    model = learn("share", share)
-    learn("share_merge", copy.deepcopy(built), phi=1)
-    learn("share_grow", copy.deepcopy(built), phi=1, grow=True)
-    learn("random_basis", randomise(built))
+    model, rows["share"] = learn("share", share)
+    _, rows["share_merge"] = learn("share_merge", copy.deepcopy(built), phi=1)
+    _, rows["share_grow"] = learn("share_grow", copy.deepcopy(built), phi=1, grow=True)
+    _, rows["random_basis"] = learn("random_basis", randomise(built))
 
-    began = time.perf_counter()
-    prompts = {name: [batch[0] for batch in tasks.batches(t, 8)] for t, name in enumerate(names)}
-    hidden = {name: mean_hidden(base, torch.cat(tokens)) for name, tokens in prompts.items()}
-    share.router = Router.fit(hidden)
-    tokens, answer = (torch.cat(parts) for parts in zip(*tasks.tests, clear))
-    route = share.router.route(mean_hidden(base, tokens))
-    share.select(route)  # prompts of all tasks and prompts with the key in clear, in one batch
-    *found, kept = [float(part.mean()) for part in letters(model, (tokens, answer)).split(s.test)]
-    record("share_routed", found, None, share.num_parameters(), began)
-    wanted = [name for name in (*names, None) for _ in range(s.test)]
-    right = sum(a == b for a, b in zip(route, wanted)) / len(wanted)
-    methods["share_routed"] |= {"routed_right": right, "base_kept": kept / skill}
-    say("share_routed", f"routed right {right:.3f}, key in clear {kept:.3f} (base {skill:.3f})")
-
-    began = time.perf_counter()
-    share.average(names, "average")
-    share.select("average")
-    record("share_average", evaluate(model), None, share.num_parameters("average"), began)
-
-    began = time.perf_counter()
-    mixture, p = tasks.batches(None, s.joint_steps), s.general_p
-    losses = train_coefficients(share, model, "general", mixture, loss_fn, p=p, lr=s.lr)
-    share.select("general")
-    general = share.num_parameters("general")
-    record("share_general", evaluate(model), general, general, began)
-    found = methods["share_general"]["acc"]
-    say("share_general", f"all tasks  loss {losses[-1]:.3f}  accuracy {found:.3f}")
-    return methods
-
+    rows["share_routed"] = share_routed(s, base, tasks, share, model, clear)
+    rows["share_average"] = share_average(tasks, share, model)
+    rows["share_general"] = share_general(s, tasks, share, model)
+    return rows
 
 def check(methods):
     """The claims: raises AssertionError, with the numbers, if one does not hold."""
     acc = {name: m["acc"] for name, m in methods.items()}
-    apart, share, inf = acc["lora_per_task"], acc["share"], math.inf
     ratio = methods["lora_per_task"]["trained_per_task"] / methods["share"]["trained_per_task"]
-    claims = [
-        ("LoRA's trained numbers / share's", ratio, 100, inf),
-        ("lora_sequential: forgetting", methods["lora_sequential"]["forgetting"], 0.5, inf),
-        ("random_basis: ACC - share's", acc["random_basis"] - share, -inf, 0),
-        ("share_routed: ACC - share's", acc["share_routed"] - share, -0.01, inf),
-        ("share_routed: base accuracy kept", methods["share_routed"]["base_kept"], 0.95, inf),
+    claims = [  # what, its value, from, to
+        ("LoRA's trained numbers / share's", ratio, 100, math.inf),
+        ("lora_sequential: forgetting", methods["lora_sequential"]["forgetting"], 0.5, math.inf),
+        ("random_basis: ACC - share's", acc["random_basis"] - acc["share"], -math.inf, 0),
+        ("share_routed: ACC - share's", acc["share_routed"] - acc["share"], -0.01, math.inf),
+        ("share_routed: base accuracy kept", methods["share_routed"]["base_kept"], 0.95, math.inf),
     ]
     for name, most in (("share", 0.01), ("share_merge", 0.02), ("share_grow", 0.02)):
-        claims += [(f"{name}: ACC / lora_per_task's", acc[name] / apart, 0.98, inf)]
-        claims += [(f"{name}: forgetting", methods[name]["forgetting"], -inf, most)]
+        part = acc[name] / acc["lora_per_task"]
+        claims.append((f"{name}: ACC / lora_per_task's", part, 0.98, math.inf))
+        claims.append((f"{name}: forgetting", methods[name]["forgetting"], -math.inf, most))
     for text, value, least, most in claims:
         print(f"  {text:36}{value:8.3f}   from {least} to {most}")
         assert least <= value <= most, f"{text}: {value:.4f} is not between {least} and {most}"
-
 
 def spread(values, digits):
     """'mean', or of several values 'mean ± standard deviation'; nothing where one is None."""
@@ -322,54 +527,84 @@ def spread(values, digits):
     text = f"{statistics.mean(values) + 0.0:.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
+def break_even(methods, other, first):
+    """From how many tasks on Share, learning on by coefficients, stores less than one LoRA each."""
+    share, lora = methods["share"], methods[other]["trained_per_task"]
+    each = share["trained_per_task"]
+    fixed = share["stored"] - each * len(share["accuracy_matrix"])  # bases; more of the first tasks
+    return max(first, fixed // (lora - each) + 1)
 
-def show(runs):
+def show(runs, first):
     """The table: of one run, or mean ± standard deviation of several."""
-    columns = {"acc": 3, "bwt": 3, "forgetting": 3}  # and their digits
-    columns |= {"trained_per_task": 0, "stored": 0, "seconds": 1}
+    columns = {"acc": 3, "bwt": 3, "forgetting": 3, "trained_per_task": 0, "stored": 0}  # digits
     print(f"\nchance {1 / LETTERS:.3f}; trained: numbers for the last task; stored: for all tasks")
     print(f"{'':16}" + "".join(f"{key.split('_')[0]:>17}" for key in columns))
     for name in runs[0]["methods"]:
         rows = [run["methods"][name] for run in runs]
         cells = [spread([row[key] for row in rows], digits) for key, digits in columns.items()]
         print(f"{name:16}" + "".join(f"{cell:>17}" for cell in cells))
+    for other in ("lora_per_task", "lora_r1"):
+        tasks = [break_even(run["methods"], other, first) for run in runs]
+        print(f"from {spread(tasks, 0)} tasks on share stores less than {other}")
 
-
+# --- The ablations
 def sweep(s):
-    """The ablation: what variance, stack and p make of the first tasks and of two new ones."""
+    """What variance, stack and p make of the first tasks and of two new ones; what phi is for."""
     torch.manual_seed(s.seed)
-    tasks, (base, _), first = Tasks(s), pretrain(s), {}
-    for t in range(s.first):
-        model, loss = train_lora(s, base, tasks, t, s.lora_steps)
-        first[f"task {t}"] = lora_adapter(model)
-        say("lora_per_task", f"task {t:2d}  loss {loss:.3f}")
+    tasks = Tasks(s)
+    base, _ = pretrain(s)
+    adapters, _ = lora_per_task(s, base, tasks, "lora_per_task", s.r, s.lora_lr, s.first)
+    old, new = range(s.first), range(s.first, s.first + 2)
 
-    def found(share, names, p):
-        model, right = share.attach(copy.deepcopy(base)), []
-        for name, t in names.items():
-            if name not in share.tasks:
-                batches, settings = tasks.batches(t, s.steps), {"p": p, "lr": s.lr}
-                train_coefficients(share, model, name, batches, loss_fn, **settings)
-            share.select(name)
-            right.append(accuracy(model, tasks.tests[t]))
-        return sum(right) / len(right)
-
-    old, new = {name: t for t, name in enumerate(first)}, {"x": s.first, "y": s.first + 1}
-    print("k: mean directions per layer and side; first: accuracy of the first tasks, compressed;")
+    print("\nk: mean directions per layer and side; first: accuracy of the compressed first tasks;")
     print("new: of two new tasks by coefficients alone; random: in random bases of these sizes")
-    print("variance  stack       k  p  trained  first    new  random  new - random")
-    for variance in (0.6, 0.8, 0.9, 0.99):
-        for stack in ("factors", "updates"):
-            built = Share.from_adapters(first, variance=variance, stack=stack)
-            sizes = [basis.shape[1] for pair in built.bases.values() for basis in pair]
-            k, kept = sum(sizes) / len(sizes), found(copy.deepcopy(built), old, None)
-            for p in (1, 2, 4):
-                a, b = found(copy.deepcopy(built), new, p), found(randomise(built), new, p)
-                row = f"{variance:8}  {stack:7}{k:6.1f} {p:2} {p * sum(sizes):8} {kept:6.3f}"
-                print(f"{row} {a:6.3f} {b:7.3f} {a - b:13.3f}", flush=True)
+    print("variance  stack       k  p  trained  first    new  random")
+    for variance, stack, p in itertools.product((0.6, 0.9), ("factors", "updates"), (1, 4)):
+        built = Share.from_adapters(adapters, variance=variance, stack=stack)
+        sizes = [basis.shape[1] for pair in built.bases.values() for basis in pair]
+        kept, _ = learn_new(s, base, tasks, copy.deepcopy(built), old, p)
+        found, trained = learn_new(s, base, tasks, copy.deepcopy(built), new, p)
+        control, _ = learn_new(s, base, tasks, randomise(built), new, p)
+        print(f"{variance:8}  {stack:7}{sum(sizes) / len(sizes):6.1f} {p:2} {trained:8}", end="")
+        print(f" {kept:6.3f} {found:6.3f} {control:7.3f}", flush=True)
 
+    print("\nfrom: tasks whose adapters make the bases; start: of the phi temporary columns;")
+    print("new: accuracy of two new tasks; trained: numbers for the second; stored: for all tasks")
+    print("from  phi  start   merge      new  trained   stored")
+    ways = itertools.product((1, 2, 4), ("random", "copies"), ("default", "grow"))
+    for count, (phi, start, merge) in itertools.product((1, 2, 4), [(0, "", ""), *ways]):
+        first = {name: adapters[name] for name in tasks.names[:count]}
+        share = Share.from_adapters(first, variance=s.variance, stack=s.stack)
+        options = {"phi": phi, "grow": merge == "grow", "copies": start == "copies"}
+        found, trained = learn_new(s, base, tasks, share, new, s.p, **options)
+        print(f"{count:4} {phi:4}  {start:7} {merge:8} {found:6.3f}", end="")
+        print(f" {trained:8} {share.num_parameters():8}", flush=True)
 
-def seconds(function, times=3):
+def learn_new(s, base, tasks, share, numbers, p, phi=0, grow=False, copies=False):
+    """Learn what the share lacks of the tasks `numbers`: their mean accuracy, numbers trained.
+    copies: temporary columns start as copies of the strongest directions, not at random."""
+    model, trained, accuracies = share.attach(copy.deepcopy(base)), None, []
+    for t in numbers:
+        if tasks.names[t] in share.tasks:
+            continue
+        with share.learn(model, tasks.names[t], p=p, phi=phi, grow=grow) as parameters:
+            for layer in share.layers if copies else ():
+                columns = model.get_submodule(layer).learned[2:]  # of beta, of alpha
+                for column, basis in zip(columns, share.bases[layer]):
+                    column.data[:, : basis.shape[1]] = basis[:, :phi]
+            optimizer = torch.optim.Adam(parameters, lr=s.lr)
+            for batch in tasks.batches(t, s.steps):
+                optimizer.zero_grad()
+                loss_fn(model, batch).backward()
+                optimizer.step()
+        trained = sum(parameter.numel() for parameter in parameters)
+    for t in numbers:
+        share.select(tasks.names[t])
+        accuracies.append(accuracy(model, tasks.tests[t]))
+    return sum(accuracies) / len(accuracies), trained
+
+# --- What it costs
+def seconds(function, times):
     """The median of so many runs."""
     taken = []
     for _ in range(times):
@@ -378,18 +613,8 @@ def seconds(function, times=3):
         taken.append(time.perf_counter() - began)
     return statistics.median(taken)
 
-
-def peak_memory(function):
-    """The most bytes that its tensors have at once."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        function()
-    events = profile.profiler.kineto_results.events()
-    changes = (event.nbytes() for event in events if event.name() == "[memory]")
-    return max(itertools.accumulate(changes))
-
-
-def merge_long_way(share, new):
-    """Phase 3 as published: rebuild every adapter, stack them, SVD, project."""
+def merge_as_published(share, new):
+    """Phase 3: rebuild every adapter, stack them, SVD, project."""
     everything = [share.reconstruct(task) for task in share.tasks] + [new]
     for layer in share.layers:
         pairs = [adapter.factors[layer] for adapter in everything]
@@ -399,63 +624,56 @@ def merge_long_way(share, new):
             basis = U[:, : int((explained < share.variance * explained[-1]).sum()) + 1]
             basis.T @ X
 
-
-def merge_costs():
-    """What building and merging cost as tasks are many, beside the long way."""
-    n, r, layers = 1024, 8, [f"layer {i}" for i in range(4)]
+def scaling(n=1024, r=8):
+    """What building and merging cost as tasks are many, and a training step beside LoRA's."""
+    torch.manual_seed(0)
+    layers = [f"layer {i}" for i in range(4)]
     spans = {layer: [torch.linalg.qr(torch.randn(n, 32)).Q for _ in "BA"] for layer in layers}
 
-    def adapter():  # rank 8, in 32 directions that all tasks share, and noise
-        def factor(span):
-            return span @ torch.randn(32, r) + 0.02 * torch.randn(n, r)
+    def factor(span):  # in 32 directions that all tasks share, and noise
+        return span @ torch.randn(32, r) + 0.02 * torch.randn(n, r)
 
+    def adapter():
         return Adapter({layer: (factor(B), factor(A).T) for layer, (B, A) in spans.items()})
 
     print(f"{len(layers)} layers of {n} × {n}, adapters of rank {r}; numbers stored with p = 1")
-    print("memory: while building, of what the largest stack takes in float32")
-    heads = ("tasks", "build s", "memory", "load+merge ms", "long way ms", "ratio")
-    heads += ("stored", "apart", "ratio")
-    print("".join(f"{head:>14}" for head in heads))
+    print("tasks   build s  load+merge ms  published ms   ratio     stored       apart   ratio")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "share.safetensors"
         for t in (8, 50, 200, 500):
             adapters, new = {f"task {i}": adapter() for i in range(t)}, adapter()
             build = seconds(lambda: Share.from_adapters(adapters).save(path), 1)
-            memory = peak_memory(lambda: Share.from_adapters(adapters)) / (4 * n * t * r)
-            merge = seconds(lambda: Share.load(path).merge({"new": new}), 5)
-            long = seconds(lambda: merge_long_way(Share.load(path), new), 1)
+            merge = 1000 * seconds(lambda: Share.load(path).merge({"new": new}), 5)
+            published = 1000 * seconds(lambda: merge_as_published(Share.load(path), new), 1)
             shapes = [basis.shape for pair in Share.load(path).bases.values() for basis in pair]
             stored, apart = sum(m * k + t * k for m, k in shapes), 2 * t * len(layers) * n * r
-            row = (f"{t}", f"{build:.2f}", f"{memory:.2f}", f"{1000 * merge:.1f}")
-            row += (f"{1000 * long:.1f}", f"{long / merge:.1f}")
-            row += (f"{stored:,}", f"{apart:,}", f"{apart / stored:.1f}")
-            print("".join(f"{cell:>14}" for cell in row), flush=True)
+            times = f"{t:5} {build:9.2f} {merge:14.1f} {published:13.1f} {published / merge:7.1f}"
+            print(f"{times} {stored:10,} {apart:11,} {apart / stored:7.1f}", flush=True)
 
-
-def step_costs(n=1024, r=8):
-    """What a training step of a layer costs beside LoRA's."""
-    x, models = torch.randn(512, n, requires_grad=True), {}
-    models["frozen layer"] = nn.Sequential(nn.Linear(n, n)).requires_grad_(False)
+    x = torch.randn(512, n, requires_grad=True)
+    models = {"frozen layer": nn.Sequential(nn.Linear(n, n)).requires_grad_(False)}
     models[f"LoRA r={r}"] = attach_lora(nn.Sequential(nn.Linear(n, n)), ["0"], r)
-    one = {"task": Adapter({"0": (torch.randn(n, 32), torch.randn(32, n))})}
-    for p in (1, 8):
-        share = Share.from_adapters(one, k=32, p=p)
-        models[f"Share p={p}"] = share.attach(nn.Sequential(nn.Linear(n, n)))
-        share.select("task")
-        for eps in share.coefficients["0"]:
-            eps.requires_grad_(True)
-    taken = {name: [] for name in models}
-    for _ in range(60):  # in turns, so that a busy machine slows all of them down alike
-        for name, model in models.items():
-            taken[name].append(seconds(lambda: model(x).sum().backward(), 1))
-    median = {name: 1000 * statistics.median(times) for name, times in taken.items()}
-    frozen, lora = median["frozen layer"], median[f"LoRA r={r}"]
+    with contextlib.ExitStack() as stack:
+        for p in (1, 8):
+            one = {"task": Adapter({"0": (torch.randn(n, 32), torch.randn(32, n))})}
+            share = Share.from_adapters(one, k=32)
+            models[f"Share p={p}"] = model = share.attach(nn.Sequential(nn.Linear(n, n)))
+            stack.enter_context(share.learn(model, "new", p=p))
+        taken = {name: [] for name in models}
+        for _ in range(60):  # in turns, so that a busy machine slows all of them down alike
+            for name, model in models.items():
+                taken[name].append(1000 * seconds(lambda: model(x).sum().backward(), 1))
+    frozen, lora, *_ = [statistics.median(times) for times in taken.values()]
     print(f"\nforward and backward of one {n} × {n} layer, {len(x)} tokens, k = 32")
     print("                   ms   added to the frozen layer   of what LoRA adds")
-    for name, ms in median.items():
-        added = ms - frozen
-        print(f"{name:14}{ms:7.2f} {added:27.2f} {added / (lora - frozen):19.2f}")
+    for name, times in taken.items():
+        added = statistics.median(times) - frozen
+        print(f"{name:14}{added + frozen:7.2f} {added:27.2f} {added / (lora - frozen):19.2f}")
 
+# --- The picture, and the command
+SVG_STYLE = """text { font: 14px sans-serif; fill: #1f2328 } .small { font-size: 11px }
+rect { fill: #2f7fd8; stroke: #8888; stroke-width: 0.5 }
+@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } rect { fill: #58a6ff } }"""
 
 def svg(methods):
     """The accuracy matrices of lora_sequential and share side by side, as heat maps."""
@@ -467,26 +685,21 @@ def svg(methods):
     for left, name, title in ((60, "lora_sequential", "One LoRA"), (390, "share", "Share")):
         m, middle = methods[name], 'text-anchor="middle"'
         side = len(m["accuracy_matrix"]) * cell
+        turned = f'{middle} transform="rotate(-90 {left - 32} {top + side / 2})"'
         text(left, top - 32, title, 'font-weight="bold"')
         text(left, top - 12, f"ACC {m['acc']:.2f}, forgetting {abs(m['forgetting']):.2f}")
         text(left + side / 2, top + side + 32, "accuracy on task", middle)
-        x, y = left - 32, top + side / 2
-        text(x, y, "after learning task", f'{middle} transform="rotate(-90 {x} {y})"')
-        for i, row in enumerate(m["accuracy_matrix"]):
+        text(left - 32, top + side / 2, "after learning task", turned)
+        for i, values in enumerate(m["accuracy_matrix"]):
             text(left - 6, top + i * cell + 14, i, 'class="small" text-anchor="end"')
             text(left + i * cell + 10, top + side + 14, i, f'class="small" {middle}')
-            for j, value in enumerate(row):
+            for j, value in enumerate(values):
                 place = f'x="{left + j * cell}" y="{top + i * cell}" width="{cell}" height="{cell}"'
                 shade = f'fill-opacity="{value:.2f}"'  # so that 0 is the page, light or dark
                 shapes.append(f"<rect {place} {shade}><title>{value:.2f}</title></rect>")
-    width, height = left + side + 20, top + side + 50
-    style = "text { font: 14px sans-serif; fill: #1f2328 } .small { font-size: 11px }"
-    style += " rect { fill: #2f7fd8; stroke: #8888; stroke-width: 0.5 }"
-    dark = "text { fill: #e6edf3 } rect { fill: #58a6ff }"
-    style += f" @media (prefers-color-scheme: dark) {{ {dark} }}"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">'
-    return "\n".join([head, f"<style>{style}</style>", *shapes, "</svg>\n"])
-
+    size = f"{left + side + 20} {top + side + 50}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">'
+    return "\n".join([head, f"<style>{SVG_STYLE}</style>", *shapes, "</svg>\n"])
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Share against LoRA on a sequence of ciphers.")
@@ -494,15 +707,12 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--svg", type=Path, help="draw the first seed's matrices into this file")
-    for flag, text in (
-        ("--quick", "a smoke run on a smaller model"),
-        ("--sweep", "the ablation instead"),
-        ("--scaling", "the table of costs instead"),
-    ):
-        parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument("--quick", action="store_true", help="a smoke run on a smaller model")
+    parser.add_argument("--sweep", action="store_true", help="the ablations instead")
+    parser.add_argument("--scaling", action="store_true", help="the tables of costs instead")
     args = parser.parse_args(argv)
-    for path in filter(None, (args.json, args.svg)):
-        if not path.parent.is_dir():
+    for path in (args.json, args.svg):
+        if path is not None and not path.parent.is_dir():
             parser.error(f"{path}: there is no folder {path.parent}")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: it takes 1 or more")
@@ -511,25 +721,22 @@ def main(argv=None):
     if args.sweep:
         return sweep(s)
     if args.scaling:
-        torch.manual_seed(0)
-        merge_costs()
-        return step_costs()
+        return scaling()
+
     runs = []
     for seed in range(args.seed, args.seed + args.seeds):
         began = time.perf_counter()
         methods = compare(replace(s, seed=seed))
         runs.append({"seed": seed, "seconds": time.perf_counter() - began, "methods": methods})
-    show(runs)
+    show(runs, s.first)
     if args.json:
         args.json.write_text(json.dumps(runs[0] if args.seeds == 1 else {"runs": runs}))
     if args.svg:
         args.svg.write_text(svg(runs[0]["methods"]))
-    if args.quick:
-        return print("\nA smoke run, which claims nothing.")
     for run in runs:
-        print(f"\nSeed {run['seed']}, after {run['seconds']:.0f} s, the claims:")
-        check(run["methods"])
-
+        print(f"\nSeed {run['seed']} took {run['seconds']:.0f} s.")
+        if not args.quick:  # a smoke run claims nothing
+            check(run["methods"])
 
 if __name__ == "__main__":
     main()
