@@ -403,7 +403,7 @@ def test_a_merge_keeps_a_small_adapter_that_lies_in_the_bases_beside_a_large_one
     assert error(share, small) < 1e-6
 
 def test_the_variance_rule_applied_afresh_forgets_and_ours_does_not():
-    """The trap: what a merge drops of old tasks makes the newest one louder in the next merge."""
+    """The trap: what a merge drops of old tasks makes the newest one louder in the next."""
     adapters = make_adapters("abcdefghijklmnop", (2,), shared=8)
     first, rule = {t: adapters[t] for t in "abcd"}, 0.6
     ours, grown = (Share.from_adapters(first, variance=rule, center=False) for _ in range(2))
@@ -416,8 +416,9 @@ def test_the_variance_rule_applied_afresh_forgets_and_ours_does_not():
         held = {t: Adapter({"first": pair}) for t, pair in published.items()}
         beta, alpha = (slow_basis(x, rule, center=False) for x in slow_stacks(held, "first"))
         published = {t: (beta @ beta.T @ B, A @ alpha @ alpha.T) for t, (B, A) in published.items()}
-    lost = [relative(torch.mm(*published[t]), adapters[t].delta("first")) for t in first]
-    assert sum(lost) / 4 > 0.99  # nothing is left of the first tasks
+    retained = sum(torch.mm(*published[t]).norm() ** 2 / adapters[t].delta("first").norm() ** 2
+                   for t in first)
+    assert retained / 4 < 0.05  # next to nothing is left of the first tasks
     assert sum(ours.retained()[t] for t in first) > 0.5 * sum(before.values())
     assert all(grown.retained()[t] == pytest.approx(before[t]) for t in first)
 
@@ -1368,7 +1369,7 @@ def test_files_that_peft_reads_are_read_and_a_missing_prefix_is_called_so(tmp_pa
         product = B.to(cast).float() @ A.to(cast).float()
         assert relative(load_peft(tmp_path).delta(layer), 2 * product) < 1e-6
     safetensors.torch.save_file({name[17:]: t for name, t in tensors.items()}, path)
-    with pytest.raises(ValueError, match="'[^b].*A.weight' is no base_model.model.LAYER"):
+    with pytest.raises(ValueError, match="'[^b].*weight' is no base_model.model.LAYER"):
         load_peft(tmp_path)
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -1595,6 +1596,5 @@ def test_the_readme_path_for_peft_adapters_runs(tmp_path, monkeypatch, capsys):
     assert "'two': " in capsys.readouterr().out and len(EXAMPLES[1].splitlines()) <= 15
 
 def test_the_readme_shows_the_two_commands_first():
-    commands = re.findall(r"^pip install.*$", README, re.MULTILINE)
-    install = "pip install -r requirements.txt && "
-    assert commands[:2] == [install + "python train.py", install + "pytest"]
+    commands = re.findall(r"^pip install -r requirements.txt && (.*)$", README, re.MULTILINE)
+    assert commands[:2] == ["python train.py", "pytest"]
