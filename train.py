@@ -2,9 +2,8 @@
 
 Twelve secret ciphers, learned one after another: Share against LoRA. A Vigenère cipher adds a key
 of three letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3],
-modulo an alphabet of 16. The base model is pre-trained with the key in clear in front of the
-message. A task is one secret key: its prompt shows an opaque tag instead, which the base has never
-seen, so that an adapter must hold the key. Chance is 1/16.
+modulo 16. The base model is pre-trained with the key in clear in front of the message. A task is
+one secret key behind an opaque tag, so that an adapter must hold the key. Chance is 1/16.
 
     python train.py              the whole comparison, which asserts its claims
     python train.py --seeds 5    the same for several seeds: mean ± standard deviation
@@ -31,7 +30,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
 from share import Adapter, Share, ToyTransformer, from_set, train_coefficients, write_whole
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,16 +37,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # --- 1. Adapters: a LoRA of our own, and PEFT's files
 class LoRALinear(nn.Linear):
     """h = W0 x + B A x with W0 frozen (Hu et al. 2021): the baseline and the source of adapters."""
-
     def forward(self, input):
         out = super().forward(input)
         update = input.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T
         return (out + update).to(out.dtype)
 
 def attach_lora(model, targets, r=8):
-    """Make LoRALinear of each nn.Linear whose name ends in one of `targets`, freeze all else.
-
-    Returns `model`. Raises ValueError for a target that ends no nn.Linear's name."""
+    """Make LoRALinear of the nn.Linear's whose names end in `targets`; freezes, returns `model`."""
     if type(r) is not int or r < 1:
         raise ValueError(f"r is {r!r}; it takes an integer, 1 or more")
     linears = {f".{name}": m for name, m in model.named_modules() if type(m) is nn.Linear}
@@ -68,11 +63,8 @@ def attach_lora(model, targets, r=8):
 
 def lora_adapter(model):
     """The Adapter, a copy, that a model's LoRALinear layers hold."""
-    factors = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            factors[name] = module.lora_B.detach().clone(), module.lora_A.detach().clone()
-    return Adapter(factors)
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+    return Adapter({n: (m.lora_B.detach().clone(), m.lora_A.detach().clone()) for n, m in layers})
 
 PEFT_VARIANTS = (  # what makes a PEFT adapter something else than W0 x + scaling B A x
     "use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
@@ -82,10 +74,8 @@ PEFT_STARTS = (True, "gaussian", "eva", "orthogonal")  # initialisations that le
 PEFT_START_CONFIGS = ("eva_config", "corda_config", "loftq_config")
 
 def load_peft(directory):
-    """The Adapter in a PEFT directory: adapter_config.json and adapter_model.safetensors.
-
-    PEFT's scaling is folded into B: lora_alpha / r, or / √r with use_rslora. Other tensors (heads,
-    biases) become extras under their names in the file; the config is kept as read. Raises
+    """The Adapter in a PEFT directory, its scaling (lora_alpha / r, or / √r with use_rslora) folded
+    into B; other tensors (heads, biases) become extras, the config is kept as read. Raises
     FileNotFoundError; ValueError, which names the directory, for damage and all but plain LoRA."""
     directory = Path(directory)
     text = (directory / "adapter_config.json").read_bytes()
@@ -100,15 +90,13 @@ def load_peft(directory):
     plain = says.keys() == {"peft_type", "init_lora_weights"} and says["peft_type"] == "LORA"
     if not plain or says["init_lora_weights"] not in PEFT_STARTS:
         raise ValueError(f"{directory} is no plain LoRA on an unchanged model: {says}")
-
     pairs, extras = {}, {}
     for name, tensor in tensors.items():
         factor = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(\.default)?\.weight", name)
         if factor:
             pairs.setdefault(factor[1], {})[factor[2]] = tensor
         elif ".lora_" in name:
-            known = "base_model.model.LAYER.lora_A.weight or ...lora_B.weight, of a linear layer"
-            raise ValueError(f"{directory}: {name!r} is no {known}")
+            raise ValueError(f"{directory}: {name!r} is no base_model.model.LAYER.lora_A/B.weight")
         else:
             extras[name] = tensor
     if not pairs:
@@ -129,19 +117,15 @@ def load_peft(directory):
 
 def peft_scaling(config, layer, r):
     """What PEFT multiplies B A of a layer with; the first alpha_pattern that matches counts."""
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            alpha = value
-            break
+    patterns = (config.get("alpha_pattern") or {}).items()
+    matching = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", layer))
+    alpha = next(matching, config.get("lora_alpha", 8))
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 def save_peft(adapter, directory):
-    """Write an Adapter as a directory for PEFT and what serves PEFT adapters.
-
-    Its config is kept, but for how ΔW is scaled and how it was initialised, which says nothing
-    about finished weights; without target_modules in it they are one pattern of the layers' full
-    names. ValueError, with nothing written, for a config that JSON cannot hold."""
+    """Write an Adapter for PEFT. Its config is kept but for scaling and initialisation, of which
+    finished weights know nothing; target_modules, if missing, are the layers' full names in one
+    pattern. ValueError, with nothing written, for a config that JSON cannot hold."""
     directory = Path(directory)
     names = {layer: re.escape(layer) for layer in adapter.factors}
     ranks = {f"^{names[layer]}": len(A) for layer, (_, A) in adapter.factors.items()}
@@ -166,10 +150,8 @@ def save_peft(adapter, directory):
 @dataclass
 class Router:
     """Picks the task: the nearest class mean, or the base (None) when none is near.
-
     Distances are Mahalanobis': features (N, f) @ scale (f, f) are uncorrelated and of variance 1
     within a task. means: (t, f), scaled, in the order of tasks; radius: how far is near."""
-
     tasks: list[str]
     means: Tensor
     scale: Tensor
@@ -178,18 +160,13 @@ class Router:
     @classmethod
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
-
         Near is half-way between where 98 % are to their own mean and where 2 % are to another
         task's; the former alone where these overlap or there is one task."""
         for task, x in features.items():
             if not (x.dim() == 2 and len(x) > 1 and x.isfinite().all()):
-                what = f"features {tuple(x.shape)} are not finite (N >= 2, f)"
-                raise ValueError(f"task {task!r}: {what}")
-        own = []  # of each sample its distance from the mean of the others of its task
-        for samples in features.values():
-            others = len(samples) / (len(samples) - 1)
-            own.append((samples - samples.mean(0)).double() * others)
-        own = torch.cat(own)
+                raise ValueError(f"task {task!r}: features {tuple(x.shape)} are no (N >= 2, f)")
+        own = [(x - x.mean(0)).double() * (len(x) / (len(x) - 1)) for x in features.values()]
+        own = torch.cat(own)  # of each sample, from the mean of the others of its task
         covariance = own.T @ own / len(own)
         spread = covariance.diagonal().clamp_min(1e-6 * covariance.max() + 1e-30)
         covariance = covariance.lerp(spread.diag(), 0.1)  # or directions seen by few look certain
@@ -208,12 +185,10 @@ class Router:
             given = features.shape[-1]
             raise ValueError(f"features of {given} numbers; the router takes {len(self.scale)}")
         distances, nearest = torch.cdist(features.to(self.scale) @ self.scale, self.means).min(1)
-        near = (distances <= self.radius).tolist()
-        return [self.tasks[i] if close else None for i, close in zip(nearest, near)]
+        return [self.tasks[i] if d <= self.radius else None for d, i in zip(distances, nearest)]
 
 def average(share, tasks, name, p=None):
     """A new task: the best rank-p fit to the mean of the tasks' ΔW (p None: all of it).
-
     Coefficients cannot be averaged one by one: (B, A) and (-B, -A) are the same ΔW."""
     parts = [share.reconstruct(task).factors for task in tasks]
     factors = {}
@@ -222,9 +197,8 @@ def average(share, tasks, name, p=None):
         if pairs:
             B = torch.cat([B for B, _ in pairs], dim=1) / len(parts)
             factors[layer] = B, torch.cat([A for _, A in pairs])
-    if p is None:
-        p = max((len(A) for _, A in factors.values()), default=1)
-    share.add(name, Adapter(factors), p)
+    full = max((len(A) for _, A in factors.values()), default=1)
+    share.add(name, Adapter(factors), full if p is None else p)
 
 # --- 3. The experiment: settings, data and measures
 LETTERS, KEY, MESSAGE = 16, 3, 12
@@ -254,8 +228,7 @@ class Settings:
     batch: int = 16  # prompts a step
     test: int = 128  # prompts behind each accuracy
 
-QUICK = {"width": 64, "base_steps": 100, "first": 2, "later": 2}
-QUICK |= {"lora_steps": 40, "steps": 40, "joint_steps": 40}
+QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40, joint_steps=40)
 
 def say(method, text):
     print(f"{time.perf_counter() - START:6.1f} s  {method:16}{text}", flush=True)
@@ -265,15 +238,13 @@ def encipher(key, message):
     return (message + key.repeat(1, MESSAGE // KEY)) % LETTERS
 
 def make_batch(generator, key, tag=None):
-    """Keys (b, 3), shown in clear or each behind its tag (b,) -> tokens (b, 15), answer (b, 12).
-    Tokens are 16 letters, 16 key letters, and tags."""
+    """Keys (b, 3), in clear or behind their tags (b,) -> tokens (b, 15), answer (b, 12)."""
     message = torch.randint(LETTERS, (len(key), MESSAGE), generator=generator)
     shown = LETTERS + key if tag is None else 2 * LETTERS + tag[:, None].expand(-1, KEY)
     return torch.cat([shown, message], 1).to(DEVICE), encipher(key, message).to(DEVICE)
 
 class Tasks:
     """The secret keys, their prompts for training, and a fixed set for testing each."""
-
     def __init__(self, s):
         self.s = s
         generator = torch.Generator().manual_seed(1000 + s.seed)
@@ -312,11 +283,6 @@ def letters_right(model, batch):
 def accuracy(model, batch):
     return float(letters_right(model, batch).mean())
 
-@torch.no_grad()
-def mean_hidden(model, tokens):
-    """Features for the Router: the base model's hidden state, averaged over the prompt (b, f)."""
-    return model.hidden(tokens).mean(1)
-
 def metrics(R):
     """ACC, BWT (Lopez-Paz and Ranzato 2017) and forgetting (Chaudhry et al. 2018).
     R[i][j] is the accuracy on task j after task i was learned."""
@@ -340,13 +306,9 @@ def pretrain(s):
     def clear(size):
         return make_batch(generator, torch.randint(LETTERS, (size, KEY), generator=generator))
 
-    def batches():
-        for step in range(s.base_steps):
-            if step % 25 == 0:
-                say("base", f"pre-training, step {step} of {s.base_steps}")
-            yield clear(s.base_batch)
-
-    fit(model.to(DEVICE), batches(), s.base_steps, s.base_lr)
+    say("base", f"pre-training for {s.base_steps} steps")
+    batches = (clear(s.base_batch) for _ in range(s.base_steps))
+    fit(model.to(DEVICE), batches, s.base_steps, s.base_lr)
     return model, clear(s.test)
 
 def fit(model, batches, steps, lr):
@@ -367,27 +329,22 @@ def tell(method, t, loss, accuracies):
     more = f"  earlier tasks {sum(earlier) / len(earlier):.3f}" if earlier else ""
     say(method, f"task {t:2d}  loss {loss:.3f}  accuracy {own:.3f}{more}")
 
-def num_trained(model):
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-def lora_per_task(s, base, tasks, method, r, lr, count=None):
-    """One LoRA for each of the first `count` tasks: the adapters and their accuracies."""
-    adapters, lora_accuracies = {}, []
+def lora_per_task(s, base, tasks, unknown, method, r, lr, count=None):
+    """One LoRA for each of the first `count` tasks: the adapters and their row.
+    unknown: the base's accuracies, which stand for tasks still to come."""
+    adapters, R = {}, []
     for t, name in enumerate(tasks.names[:count]):
         model = attach_lora(copy.deepcopy(base), TARGETS, r)
         loss = fit(model, tasks.batches(t, s.lora_steps), s.lora_steps, lr)
         adapters[name] = lora_adapter(model)
-        lora_accuracies.append(accuracy(model, tasks.tests[t]))
-        tell(method, t, loss, lora_accuracies[t:])
-    return adapters, lora_accuracies
+        R.append([R[-1][j] if j < t else unknown[j] for j in range(len(unknown))])
+        R[t][t] = accuracy(model, tasks.tests[t])
+        tell(method, t, loss, R[t][t : t + 1])
+    one = size(adapters[name])
+    return adapters, row(R[-1], one, len(R) * one, R)
 
-def row_of_loras(adapters, lora_accuracies, unknown):
-    """unknown: the base's accuracies, which stand for tasks still to come."""
-    T = len(adapters)
-    lora_matrix = [lora_accuracies[: t + 1] + unknown[t + 1 :] for t in range(T)]
-    one = next(iter(adapters.values())).factors.values()
-    trained = sum(B.numel() + A.numel() for B, A in one)
-    return row(lora_accuracies, trained, T * trained, lora_matrix)
+def size(adapter):
+    return sum(B.numel() + A.numel() for B, A in adapter.factors.values())
 
 def lora_sequential(s, base, tasks):
     """One LoRA, trained through the tasks."""
@@ -396,7 +353,7 @@ def lora_sequential(s, base, tasks):
         loss = fit(model, tasks.batches(t, s.lora_steps), s.lora_steps, s.lora_lr)
         R.append(tasks.accuracies(model))
         tell("lora_sequential", t, loss, R[t][: t + 1])
-    return row(R[-1], num_trained(model), num_trained(model), R)
+    return row(R[-1], size(lora_adapter(model)), size(lora_adapter(model)), R)
 
 def lora_joint(s, base, tasks):
     """One LoRA on all tasks at once."""
@@ -404,20 +361,18 @@ def lora_joint(s, base, tasks):
     loss = fit(model, tasks.batches(None, s.joint_steps), s.joint_steps, s.lora_lr)
     joint_accuracies = tasks.accuracies(model)
     tell("lora_joint", len(joint_accuracies) - 1, loss, joint_accuracies)
-    return row(joint_accuracies, None, num_trained(model))
+    return row(joint_accuracies, None, size(lora_adapter(model)))
 
 def learn_tasks(s, base, tasks, unknown, lora_matrix, method, share, phi=0, grow=False):
-    """Learn the tasks that the share does not have yet by coefficients: the model and the row.
-    lora_matrix: the first tasks' accuracies, measured with their own adapters before there was a
-    basis, so that what the bases lose counts as forgetting."""
+    """Learn the tasks that the share lacks by coefficients: the model and the row. lora_matrix: of
+    the first tasks with their own LoRAs: what the bases lose of them counts as forgetting."""
     model = share.attach(copy.deepcopy(base))
     R = lora_matrix[: len(share.tasks)]
     for t in range(len(R), len(tasks.names)):
         shapes = [basis.shape for pair in share.bases.values() for basis in pair]
         trained = sum(s.p * (k + phi) + phi * n for n, k in shapes)
-        settings = {"p": s.p, "phi": phi, "grow": grow, "lr": s.lr}
-        batches = tasks.batches(t, s.steps)
-        losses = train_coefficients(share, model, tasks.names[t], batches, loss_fn, **settings)
+        task = (share, model, tasks.names[t], tasks.batches(t, s.steps), loss_fn)
+        losses = train_coefficients(*task, p=s.p, phi=phi, grow=grow, lr=s.lr)
         R.append(list(unknown))
         for j in range(t + 1):
             share.select(tasks.names[j])
@@ -434,16 +389,17 @@ def randomise(share):
         share.remove(name)
     return share
 
+@torch.no_grad()
 def share_routed(s, base, tasks, share, model, clear):
     """The Router picks the task of each prompt: all tasks' and some with the key in clear."""
-    hidden = {}
+    features = {}  # the base's hidden state, averaged over the prompt
     for t, name in enumerate(tasks.names):
         prompts = torch.cat([tokens for tokens, _ in tasks.batches(t, 8)])
-        hidden[name] = mean_hidden(base, prompts)
-    router = Router.fit(hidden)
+        features[name] = base.hidden(prompts).mean(1)
+    router = Router.fit(features)
     tokens = torch.cat([tokens for tokens, _ in (*tasks.tests, clear)])
     answer = torch.cat([answer for _, answer in (*tasks.tests, clear)])
-    route = router.route(mean_hidden(base, tokens))
+    route = router.route(base.hidden(tokens).mean(1))
     share.select(route)  # in one mixed batch
     parts = letters_right(model, (tokens, answer)).split(s.test)
     *routed_accuracies, clear_accuracy = [float(part.mean()) for part in parts]
@@ -451,14 +407,8 @@ def share_routed(s, base, tasks, share, model, clear):
     right = sum(a == b for a, b in zip(route, wanted)) / len(wanted)
     say("share_routed", f"routed right {right:.3f}, key in clear {clear_accuracy:.3f}")
     stored = share.num_parameters() + router.means.numel() + router.scale.numel()
-    kept = clear_accuracy / accuracy(base, clear)
-    return row(routed_accuracies, None, stored) | {"routed_right": right, "base_kept": kept}
-
-def share_average(tasks, share, model):
-    """The mean of all tasks' updates as one more task."""
-    average(share, tasks.names, "average")
-    share.select("average")
-    return row(tasks.accuracies(model), None, share.num_parameters("average"))
+    more = {"routed_right": right, "base_kept": clear_accuracy / accuracy(base, clear)}
+    return row(routed_accuracies, None, stored) | more
 
 def share_general(s, tasks, share, model):
     """One set of coefficients, trained on the mixture of all tasks."""
@@ -477,15 +427,12 @@ def compare(s):
     unknown = tasks.accuracies(base)
     rows = {"base": row(unknown, None, 0)}
     say("base", f"key in clear {accuracy(base, clear):.3f}, behind a tag {rows['base']['acc']:.3f}")
-
-    adapters, found = lora_per_task(s, base, tasks, "lora_per_task", s.r, s.lora_lr)
-    rows["lora_per_task"] = row_of_loras(adapters, found, unknown)
+    learn = functools.partial(lora_per_task, s, base, tasks, unknown)
+    adapters, rows["lora_per_task"] = learn("lora_per_task", s.r, s.lora_lr)
     with torch.random.fork_rng(range(torch.cuda.device_count())):  # the others draw as without it
-        control = lora_per_task(s, base, tasks, "lora_r1", 1, s.lora_r1_lr)
-    rows["lora_r1"] = row_of_loras(*control, unknown)
+        _, rows["lora_r1"] = learn("lora_r1", 1, s.lora_r1_lr)
     rows["lora_sequential"] = lora_sequential(s, base, tasks)
     rows["lora_joint"] = lora_joint(s, base, tasks)
-
     first = {name: adapters[name] for name in tasks.names[: s.first]}
     built = Share.from_adapters(first, variance=s.variance, stack=s.stack)
     lora_matrix = rows["lora_per_task"]["accuracy_matrix"]
@@ -495,27 +442,29 @@ def compare(s):
     _, rows["share_merge"] = learn("share_merge", copy.deepcopy(built), phi=1)
     _, rows["share_grow"] = learn("share_grow", copy.deepcopy(built), phi=1, grow=True)
     _, rows["random_basis"] = learn("random_basis", randomise(built))
-
     rows["share_routed"] = share_routed(s, base, tasks, share, model, clear)
-    rows["share_average"] = share_average(tasks, share, model)
+    average(share, tasks.names, "average")
+    share.select("average")
+    rows["share_average"] = row(tasks.accuracies(model), None, share.num_parameters("average"))
     rows["share_general"] = share_general(s, tasks, share, model)
     return rows
 
 def check(methods):
     """The claims: raises AssertionError, with the numbers, if one does not hold."""
     acc = {name: m["acc"] for name, m in methods.items()}
-    ratio = methods["lora_per_task"]["trained_per_task"] / methods["share"]["trained_per_task"]
+    forgetting = {name: m["forgetting"] for name, m in methods.items()}
+    lora = methods["lora_per_task"]
+    ratio = lora["trained_per_task"] / methods["share"]["trained_per_task"]
     claims = [  # what, its value, from, to
         ("LoRA's trained numbers / share's", ratio, 100, math.inf),
-        ("lora_sequential: forgetting", methods["lora_sequential"]["forgetting"], 0.5, math.inf),
+        ("lora_sequential: forgetting", forgetting["lora_sequential"], 0.5, math.inf),
         ("random_basis: ACC - share's", acc["random_basis"] - acc["share"], -math.inf, 0),
         ("share_routed: ACC - share's", acc["share_routed"] - acc["share"], -0.01, math.inf),
         ("share_routed: base accuracy kept", methods["share_routed"]["base_kept"], 0.95, math.inf),
     ]
     for name, most in (("share", 0.01), ("share_merge", 0.02), ("share_grow", 0.02)):
-        part = acc[name] / acc["lora_per_task"]
-        claims.append((f"{name}: ACC / lora_per_task's", part, 0.98, math.inf))
-        claims.append((f"{name}: forgetting", methods[name]["forgetting"], -math.inf, most))
+        claims.append((f"{name}: ACC / lora_per_task's", acc[name] / lora["acc"], 0.98, math.inf))
+        claims.append((f"{name}: forgetting", forgetting[name], -math.inf, most))
     for text, value, least, most in claims:
         print(f"  {text:36}{value:8.3f}   from {least} to {most}")
         assert least <= value <= most, f"{text}: {value:.4f} is not between {least} and {most}"
@@ -530,9 +479,8 @@ def spread(values, digits):
 def break_even(methods, other, first):
     """From how many tasks on Share, learning on by coefficients, stores less than one LoRA each."""
     share, lora = methods["share"], methods[other]["trained_per_task"]
-    each = share["trained_per_task"]
-    fixed = share["stored"] - each * len(share["accuracy_matrix"])  # bases; more of the first tasks
-    return max(first, fixed // (lora - each) + 1)
+    bases = share["stored"] - share["trained_per_task"] * len(share["accuracy_matrix"])
+    return max(first, bases // (lora - share["trained_per_task"]) + 1)
 
 def show(runs, first):
     """The table: of one run, or mean ± standard deviation of several."""
@@ -553,11 +501,10 @@ def sweep(s):
     torch.manual_seed(s.seed)
     tasks = Tasks(s)
     base, _ = pretrain(s)
-    adapters, _ = lora_per_task(s, base, tasks, "lora_per_task", s.r, s.lora_lr, s.first)
+    lora = ("lora_per_task", s.r, s.lora_lr, s.first)
+    adapters, _ = lora_per_task(s, base, tasks, tasks.accuracies(base), *lora)
     old, new = range(s.first), range(s.first, s.first + 2)
-
-    print("\nk: mean directions per layer and side; first: accuracy of the compressed first tasks;")
-    print("new: of two new tasks by coefficients alone; random: in random bases of these sizes")
+    print("\nfirst, new: accuracy of the first tasks, compressed; of two new ones by coefficients")
     print("variance  stack       k  p  trained  first    new  random")
     for variance, stack, p in itertools.product((0.6, 0.9), ("factors", "updates"), (1, 4)):
         built = Share.from_adapters(adapters, variance=variance, stack=stack)
@@ -567,9 +514,7 @@ def sweep(s):
         control, _ = learn_new(s, base, tasks, randomise(built), new, p)
         print(f"{variance:8}  {stack:7}{sum(sizes) / len(sizes):6.1f} {p:2} {trained:8}", end="")
         print(f" {kept:6.3f} {found:6.3f} {control:7.3f}", flush=True)
-
-    print("\nfrom: tasks whose adapters make the bases; start: of the phi temporary columns;")
-    print("new: accuracy of two new tasks; trained: numbers for the second; stored: for all tasks")
+    print("\nnew: accuracy of two new tasks, with bases from some; start: of temporary columns")
     print("from  phi  start   merge      new  trained   stored")
     ways = itertools.product((1, 2, 4), ("random", "copies"), ("default", "grow"))
     for count, (phi, start, merge) in itertools.product((1, 2, 4), [(0, "", ""), *ways]):
@@ -584,9 +529,7 @@ def learn_new(s, base, tasks, share, numbers, p, phi=0, grow=False, copies=False
     """Learn what the share lacks of the tasks `numbers`: their mean accuracy, numbers trained.
     copies: temporary columns start as copies of the strongest directions, not at random."""
     model, trained, accuracies = share.attach(copy.deepcopy(base)), None, []
-    for t in numbers:
-        if tasks.names[t] in share.tasks:
-            continue
+    for t in [t for t in numbers if tasks.names[t] not in share.tasks]:
         with share.learn(model, tasks.names[t], p=p, phi=phi, grow=grow) as parameters:
             for layer in share.layers if copies else ():
                 columns = model.get_submodule(layer).learned[2:]  # of beta, of alpha
@@ -635,7 +578,6 @@ def scaling(n=1024, r=8):
 
     def adapter():
         return Adapter({layer: (factor(B), factor(A).T) for layer, (B, A) in spans.items()})
-
     print(f"{len(layers)} layers of {n} × {n}, adapters of rank {r}; numbers stored with p = 1")
     print("tasks   build s  load+merge ms  published ms   ratio     stored       apart   ratio")
     with tempfile.TemporaryDirectory() as folder:
@@ -649,7 +591,6 @@ def scaling(n=1024, r=8):
             stored, apart = sum(m * k + t * k for m, k in shapes), 2 * t * len(layers) * n * r
             times = f"{t:5} {build:9.2f} {merge:14.1f} {published:13.1f} {published / merge:7.1f}"
             print(f"{times} {stored:10,} {apart:11,} {apart / stored:7.1f}", flush=True)
-
     x = torch.randn(512, n, requires_grad=True)
     models = {"frozen layer": nn.Sequential(nn.Linear(n, n)).requires_grad_(False)}
     models[f"LoRA r={r}"] = attach_lora(nn.Sequential(nn.Linear(n, n)), ["0"], r)
@@ -671,17 +612,15 @@ def scaling(n=1024, r=8):
         print(f"{name:14}{added + frozen:7.2f} {added:27.2f} {added / (lora - frozen):19.2f}")
 
 # --- The picture, and the command
-SVG_STYLE = """text { font: 14px sans-serif; fill: #1f2328 } .small { font-size: 11px }
-rect { fill: #2f7fd8; stroke: #8888; stroke-width: 0.5 }
-@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } rect { fill: #58a6ff } }"""
-
 def svg(methods):
     """The accuracy matrices of lora_sequential and share side by side, as heat maps."""
     cell, top, shapes = 20, 60, []
+    style = "text { font: 14px sans-serif; fill: #1f2328 } .small { font-size: 11px } "
+    style += "rect { fill: #2f7fd8; stroke: #8888; stroke-width: 0.5 } "
+    style += "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } rect { fill: #58a6ff } }"
 
     def text(x, y, words, more=""):
         shapes.append(f'<text x="{x}" y="{y}" {more}>{words}</text>')
-
     for left, name, title in ((60, "lora_sequential", "One LoRA"), (390, "share", "Share")):
         m, middle = methods[name], 'text-anchor="middle"'
         side = len(m["accuracy_matrix"]) * cell
@@ -697,9 +636,9 @@ def svg(methods):
                 place = f'x="{left + j * cell}" y="{top + i * cell}" width="{cell}" height="{cell}"'
                 shade = f'fill-opacity="{value:.2f}"'  # so that 0 is the page, light or dark
                 shapes.append(f"<rect {place} {shade}><title>{value:.2f}</title></rect>")
-    size = f"{left + side + 20} {top + side + 50}"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">'
-    return "\n".join([head, f"<style>{SVG_STYLE}</style>", *shapes, "</svg>\n"])
+    box = f'viewBox="0 0 {left + side + 20} {top + side + 50}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box}>'
+    return "\n".join([head, f"<style>{style}</style>", *shapes, "</svg>\n"])
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Share against LoRA on a sequence of ciphers.")
@@ -722,7 +661,6 @@ def main(argv=None):
         return sweep(s)
     if args.scaling:
         return scaling()
-
     runs = []
     for seed in range(args.seed, args.seed + args.seeds):
         began = time.perf_counter()
