@@ -17,7 +17,7 @@ Phase 1, `Share.from_adapters`: the bases are the main directions of some adapte
 Phase 2, `Share.learn`: a new task trains its coefficients (with phi > 0, temporary columns too).
 Phase 3, `Share.merge`: the bases take in new adapters; all coefficients follow by projection.
 
-A layer's two sides, B with beta and A^T with alpha, are treated alike: what is said is said of B.
+A layer's two sides, B with beta and A^T with alpha, are treated alike; comments speak of B's.
 "Ours" is not in the paper (arXiv 2602.06043; see README.md). Absent: convolutions, quantisation.
 """
 import contextlib
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 LARGE = 384  # a stack with so many rows and columns is first searched for a few main directions
 NOISE = 1e-6  # what is below this part of the largest is rounding; float32's own is 1e-7
 VERSION = "share, version 3"  # of the file
-BUSY = "is being learned: what changes the share, or mixes it with other tasks, has to wait"
+BUSY = "is being learned: learn, merge, remove, detach or a mixed batch with it has to wait"
 UNREACHED = "the loss reached no coefficient; reentrant checkpointing needs inputs with gradients"
 not_inference = torch.inference_mode(False)  # what is made in inference mode can never be trained
 
@@ -53,7 +53,7 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     """Orthonormal basis (n, k) of the main directions of the columns of `stack` (n, m).
     Paper, phase 1: subtract the mean column, take the SVD, keep the fewest left singular vectors
     that explain the part `variance` of the variance (there 0.6). Ours: the mean is one more
-    direction, since the centred columns need not span it, and no column comes back without it.
+    direction, since every column contains it and the centred ones need not span it.
     `k` replaces variance and centring: the k heaviest directions, or all if there are fewer.
     Computed in float64, returned in float32 at least. ValueError: NaN, or out of range."""
     _check_numbers(variance, k=k)
@@ -68,14 +68,14 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     if basis is None:
         basis = all_directions(X, variance, k)
     outside = mean - basis @ (basis.T @ mean)
-    if centred and outside.norm() * X.shape[1] ** 0.5 > NOISE * stack.norm():  # in m columns
+    if centred and outside.norm() * X.shape[1] ** 0.5 > NOISE * stack.norm():  # m copies' norm
         basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
     return basis.to(torch.promote_types(stack.dtype, torch.float32)).contiguous()
 
 def few_directions(X, variance, k):
-    """As `all_directions`, for a large X by a randomised search, or None if that is not enough: it
-    is if (1) the rule asks for fewer than were found, and (2) X X^T U = U S², as singular vectors
-    alone have it. That none heavier is missing rests on the search: it finds these first."""
+    """As `all_directions`, for a large X by a randomised search. None where it cannot be trusted,
+    unless (1) q < few: the rule was met among those found, and (2) X X^T U = U S²: U is singular
+    vectors. That none heavier was missed is not checked: the search finds the heaviest first."""
     few = max(48, min(X.shape) // 20)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
@@ -86,7 +86,7 @@ def few_directions(X, variance, k):
 
 def all_directions(X, variance, k):
     """The heaviest left singular vectors (n, q) of X (n, m): k, or enough to explain `variance`.
-    A third of the time of an SVD. Of float64's 16 digits squaring leaves eight, NOISE needs six."""
+    By eigh, a third of an SVD's time; squaring leaves 8 of float64's 16 digits, NOISE needs 6."""
     wide = X.shape[0] <= X.shape[1]  # the smaller of X X^T = U S² U^T and X^T X = V S² V^T
     squares, vectors = torch.linalg.eigh(X @ X.T if wide else X.T @ X)
     squares, vectors = squares.flip(0), vectors.flip(1)  # the heaviest first
@@ -95,16 +95,15 @@ def all_directions(X, variance, k):
 
 def count_directions(squares, energy, variance, k):
     """k, or the fewest directions that explain `variance`; never what is only rounding.
-    squares: of the singular values, falling, perhaps the first few. energy: the sum of all."""
+    squares: singular values squared, falling, maybe not all of them; energy: the sum of all."""
     if k is None:
-        explained = squares.cumsum(0) / energy
-        k = 1 + int((explained < variance - 1e-13).sum())  # 1e-13: more than the sum's rounding
+        k = 1 + int((squares.cumsum(0) / energy < variance - 1e-13).sum())  # 1e-13: for rounding
     return min(k, int((squares > NOISE**2 * squares[:1]).sum()))  # 0 in a stack of zeros
 
 def best_rank(eps_beta, eps_alpha, p):
     """The best coefficients (kβ, p), (kα, p) of rank p for (kβ, r), (kα, r); None: as they are.
     As the bases are orthonormal, nearest in ΔW is nearest in eps_beta eps_alpha^T: a truncated SVD
-    (Eckart and Young). Fewer columns where the rank is lower."""
+    (Eckart and Young). Never more than kβ, kα or r columns."""
     if p is None or 0 in (len(eps_beta), len(eps_alpha)):  # in an empty basis ΔW is 0
         return eps_beta[:, :p], eps_alpha[:, :p]
     # eps_beta eps_alpha^T = Q_beta (R_beta R_alpha^T) Q_alpha^T: only the small middle needs an SVD
@@ -131,9 +130,9 @@ def stack_factors(own, other):
     return torch.cat(own, dim=1)
 
 def stack_updates(own, other):
-    """Ours: of each ΔW = own other^T, at norm 1, columns with its left singular vectors and values.
+    """Ours: for each ΔW = own other^T, scaled to norm 1, a thin X (n, r) with X X^T = ΔW ΔW^T.
     own: [(n, r)]; other: [(d, r)]. Neither a task's size plays a part nor how ΔW is split into B
-    and A. With other = Q R, ΔW = (own R^T) Q^T, and Q^T changes neither of the two."""
+    and A. With other = Q R, ΔW = (own R^T) Q^T, so that X = own R^T will do, as Q^T Q = 1."""
     left = stack_padded([factor.double() for factor in own])  # (t, n, r)
     right = stack_padded([factor.double() for factor in other])  # (t, d, r)
     updates = left @ torch.linalg.qr(right, mode="r").R.mT  # (t, n, min(d, r))
@@ -158,7 +157,7 @@ def build_side(own, other, stack, **rule):
 def to_frame(basis, eps, factors):
     """A small orthonormal frame (n, q) for phase 3 on one side, and all tasks in its coordinates.
     First come the columns of the basis (n, k), then what the new factors [(n, r)] have outside it.
-    Coordinates (q, Σp), old tasks (eps [(k, p)]) first: factor = frame coordinates."""
+    Returns it and coordinates (q, Σp), the old tasks' (eps) first: factor = frame @ coordinates."""
     k = basis.shape[1]
     basis = basis.double()
     factors = torch.cat(factors, dim=1).to(basis)
@@ -180,7 +179,7 @@ def next_basis(stacked, k_old, variance, k, center):
         return basis
     basis = build_basis(stacked, k=k_old)  # the heaviest, though fewer would explain the variance
     missing = k_old - basis.shape[1]
-    if missing > 0:  # not even so many are there, since tasks were removed: some of the old axes
+    if missing > 0:  # the stack has a lower rank (tasks were removed): fill up with old axes
         old = torch.eye(len(stacked), k_old).to(stacked)
         unused = old - basis @ (basis.T @ old)
         basis = torch.cat([basis, build_basis(unused, k=missing)], dim=1)
@@ -191,16 +190,15 @@ def grown_basis(stacked, k_old, variance, k, center):
     old = torch.eye(len(stacked), k_old).to(stacked)
     outside = stacked - old @ (old.T @ stacked)
     added = build_basis(outside, variance, k, center)
-    room = None if k is None else max(k - k_old, 0)
+    room = None if k is None else max(k - k_old, 0)  # k is a cap of old and added together
     return torch.cat([old, added[:, :room]], dim=1)
 
 def merge_side(basis, frame, own, other, widths, counted, stack, choose, variance, k, center):
     """Phase 3 for one side: the next basis (n, k), and all tasks' coefficients [(k, p)].
     As published: (1) rebuild the old tasks' factors, beta eps; (2) stack them with the new ones;
-    (3) SVD: the next basis; (4) new coefficients of all, next_basis^T factor. Here in `to_frame`'s
-    coordinates: the same result, at a cost that hardly grows with the number of tasks. own, other:
-    (1), of this side and the other, in frames that only rotate ΔW. widths: the p of each task.
-    counted: a slice, the tasks that make the next basis."""
+    (3) SVD: the next basis; (4) new coefficients of all, next_basis^T factor. Here the same in the
+    coordinates of `to_frame`, at a cost that hardly grows with the number of tasks. own, other: all
+    tasks (q, Σp) of this side and the other, old first. widths: the p of each. counted: a slice."""
     stacked = stack(own.split(widths, dim=1)[counted], other.split(widths, dim=1)[counted])
     next_in_frame = choose(stacked, basis.shape[1], variance, k, center)
     next_eps = (next_in_frame.T @ own).to(basis.dtype)
@@ -237,7 +235,7 @@ class Share:
         _check_numbers(variance)
         _require(stack in STACKS, f"stack is {stack!r}; it takes one of {list(STACKS)}")
         self.variance, self.stack = variance, stack
-        self.center = center and stack == "factors"  # singular vectors have no sign, so no mean
+        self.center = center and stack == "factors"  # the sign of updates' columns is arbitrary
         self.bases, self.coefficients = {}, {}
         self.records, self.learned = {}, {}
         self.selected = None
@@ -280,7 +278,7 @@ class Share:
         The bases become the main directions of all tasks' factors, and no smaller than they were;
         earlier tasks may move. With `grow` (ours) they stay, directions of what the new adapters
         have outside are added, and earlier tasks keep their ΔW. variance: the part to explain, or
-        None: the share's own. k: a cap instead; it alone can shrink. New layers: `attach` again."""
+        None: the share's own. k: a cap instead; without grow it can shrink. `attach` new layers."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         variance = self.variance if variance is None else variance
         _check_numbers(variance, k=k)
@@ -304,7 +302,7 @@ class Share:
 
     def factors(self, layer, task):
         """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d) of one task.
-        None where the task leaves the layer alone. While it is learned they carry gradients."""
+        None where the task has none. Of a task that is being learned they carry gradients."""
         if task not in self.learned:
             self._check_task(task)
         beta, alpha = self.bases[layer]
@@ -328,9 +326,8 @@ class Share:
 
     def retained(self):
         """{task: ‖ΔW‖² as held now, as a part of what came in}, about 0 … 1, over all layers."""
-        came = {task: record["energy"] for task, record in self.records.items()}
-        held = {task: self.reconstruct(task).energy() for task in came}
-        return {task: held[task] / came[task] if came[task] > 0 else 1.0 for task in came}
+        held = {task: self.reconstruct(task).energy() for task in self.tasks}
+        return {t: held[t] / r["energy"] if r["energy"] > 0 else 1.0 for t, r in self.records.items()}
 
     def remove(self, task):
         """Forget a task; the bases stay. A selection that names it becomes None."""
@@ -403,8 +400,8 @@ class Share:
             share.select("three")
         In the block the task is selected, and its coefficients, nn.Parameters on the layers of
         `model`, are all that requires gradients, but for `extra`: tensors to train along, such as a
-        head. Afterwards requires_grad, .grad, selection and buffers (BatchNorm's statistics are all
-        tasks') are as before; after an exception or Ctrl-C the share and `extra` as well.
+        head. Afterwards requires_grad, .grad, selection and buffers (all tasks share BatchNorm's
+        statistics) are as before; after an exception or Ctrl-C the share and `extra` as well.
         p: pseudo-rank. sigma: coefficients start as N(0, sigma²) on both sides, since with both at
         zero every gradient is zero. phi: temporary columns a side, fewer than the largest basis has
         (the paper's bound), trained too; then the block ends in `merge`, with `grow` of all that is
@@ -418,7 +415,7 @@ class Share:
         extra = list(extra)
         start = [tensor.detach().clone() for tensor in parameters + extra]
         before = dict(vars(self))
-        with frozen(model, extra):  # first: the parameters, which come into the model next, are not
+        with frozen(model, extra):  # before the coefficients join the model: they are to be trained
             try:
                 for layer, own in learned.items():
                     attached[layer].learned = own
@@ -428,7 +425,7 @@ class Share:
                 finite = all(tensor.isfinite().all() for tensor in parameters + extra)
                 _require(finite, f"task {task!r}: a trained number is NaN or infinite")
                 still = all(torch.equal(q, old.to(q)) for q, old in zip(parameters, start))
-                _require(not (extra and still), UNREACHED)  # without extra, backward() has failed
+                _require(not (extra and still), UNREACHED)  # an empty block may keep its start
                 self._keep(task, phi, grow)
             except BaseException:  # Ctrl-C is one
                 vars(self).update(before)
@@ -449,10 +446,11 @@ class Share:
             held = {name: pairs[task] for name, pairs in self.coefficients.items() if task in pairs}
             return {name: nn.ParameterList(e.clone() for e in pair) for name, pair in held.items()}
         self._check_new_task(task)
-        _check_numbers(p=p or 0)
+        _check_numbers(p=p or 0)  # None, "its own rank" elsewhere, is refused, too
         _require(sigma > 0, f"sigma is {sigma!r}; it takes a number above 0")
         largest = max((basis.shape[1] for pair in self.bases.values() for basis in pair), default=1)
-        _require(phi in range(largest), f"phi is {phi!r}; it takes 0, or less than {largest}")
+        fits = type(phi) is int and 0 <= phi < max(largest, 1)
+        _require(fits, f"phi is {phi!r}; it takes 0, or less than {largest}")
         learned = {}
         for layer, bases in self.bases.items():
             eps = [sigma * torch.randn(basis.shape[1] + phi, p).to(basis) for basis in bases]
@@ -462,7 +460,7 @@ class Share:
 
     def _keep(self, task, phi, grow):
         """The end of phase 2: what is learned becomes a task of the share."""
-        adapter = self.reconstruct(task)
+        adapter = self.reconstruct(task)  # while `learned` holds it
         learned, self.learned = self.learned[task], {}  # emptied, or merge would refuse
         if phi > 0:
             return self.merge({task: adapter}, variance=1.0 if grow else None, grow=grow)
@@ -478,7 +476,7 @@ class Share:
         records = {task: dict(record) for task, record in self.records.items()}
         for i, (layer, held) in enumerate(self.coefficients.items()):  # all tasks' in one tensor
             beta, alpha = self.bases[layer]
-            none = torch.zeros(beta.shape[1] + alpha.shape[1], 0)  # of no task
+            none = torch.zeros(beta.shape[1] + alpha.shape[1], 0)  # (kβ + kα, Σp) of no task
             eps = torch.cat([none, *(torch.cat(pair).cpu() for pair in held.values())], dim=1)
             tensors |= {f"{i}.beta": beta, f"{i}.alpha": alpha, f"{i}.eps": eps}
             widths[layer] = {task: pair[0].shape[1] for task, pair in held.items()}
@@ -522,6 +520,7 @@ class Share:
         linears = [module for module in model.modules() if isinstance(module, ShareLinear)]
         return {linear.layer: linear for linear in linears if linear.share is self}
 
+    @not_inference
     def _move(self, layer, device):
         """A layer's bases and coefficients go to the device of its weight, never to its dtype."""
         self.bases[layer] = tuple(basis.to(device) for basis in self.bases[layer])
@@ -555,14 +554,15 @@ class Share:
             for layer, (B, A) in adapter.factors.items():
                 what = f"task {task!r}, layer {layer!r}: B {tuple(B.shape)}, A {tuple(A.shape)}"
                 shape = (*B.shape[:1], *A.shape[1:])
-                n_d = shapes.setdefault(layer, shape)
+                n_d = shapes.setdefault(layer, shape)  # a new layer's: its first adapter's
                 fits = shape == n_d and B.dim() == A.dim() == 2 and B.shape[1] == len(A) > 0
                 _require(fits, f"{what}; it takes (n, r) and (r, d), here with (n, d) = {n_d}")
                 _require(B.is_floating_point() and A.is_floating_point(), f"{what} are not real")
                 dtype = torch.float64 if B.dtype == torch.float64 else torch.float32  # never half
                 B, A = B.detach().to(dtype), A.detach().to(dtype)
                 _require(B.isfinite().all() and A.isfinite().all(), f"{what} hold NaN or infinity")
-                for part, value in zip(layers.setdefault(layer, ([], [], [])), (task, B, A.T)):
+                held = layers.setdefault(layer, ([], [], []))
+                for part, value in zip(held, (task, B, A.T)):
                     part.append(value)
         return layers
 
@@ -600,7 +600,7 @@ class ShareLinear(nn.Linear):
         if factors is None:
             return out
         B, A = factors  # formed first: a token then costs what a rank-p LoRA costs, for any k
-        return (out + input.to(A.dtype) @ A.T @ B.T).to(out.dtype)  # half precision: rounded once
+        return (out + input.to(A.dtype) @ A.T @ B.T).to(out.dtype)  # rounded if in half precision
 
     def mixed(self, x, tasks):
         """Each sample's own update of x (b, ..., d): one product with alpha and one with beta."""
@@ -626,7 +626,7 @@ def no_shortcut(module, inputs):
 
 @contextlib.contextmanager
 def frozen(model, extra):
-    """All of a model frozen but `extra`; then requires_grad, .grad and buffers are as before."""
+    """All of a model frozen but `extra`; on leaving, requires_grad, .grad, buffers are restored."""
     flags = [(q, q.requires_grad, q.grad) for q in (*model.parameters(), *extra)]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
@@ -650,7 +650,7 @@ def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1
     loss_fn(model, batch) gives a scalar. lr: Adam's rate. extra_parameters: what else to train, as
     an optimizer takes it. on_step(step, loss) is called after each step, and may select a task."""
     groups = [part if isinstance(part, dict) else {"params": part} for part in extra_parameters]
-    groups = [{"params": []}, *map(dict, groups)]  # copies: Adam, which takes no [], adds to them
+    groups = [{"params": []}, *map(dict, groups)]  # Adam refuses to have no group, and edits them
     optimizer = torch.optim.Adam(groups, lr=lr)
     extra = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     settings = {"p": p, "phi": phi, "sigma": sigma, "finetune": finetune, "grow": grow}
