@@ -424,8 +424,8 @@ class Share:
                 yield parameters
                 finite = all(tensor.isfinite().all() for tensor in parameters + extra)
                 _require(finite, f"task {task!r}: a trained number is NaN or infinite")
-                still = all(torch.equal(q, old.to(q)) for q, old in zip(parameters, start))
-                _require(not (extra and still), UNREACHED)  # an empty block may keep its start
+                moved = [not torch.equal(q, old.to(q)) for q, old in zip(parameters + extra, start)]
+                _require(any(moved[: len(parameters)]) or not any(moved), UNREACHED)
                 self._keep(task, phi, grow)
             except BaseException:  # Ctrl-C is one
                 vars(self).update(before)
