@@ -74,8 +74,8 @@ def build_basis(stack, variance=0.6, k=None, center=True):
 
 def few_directions(X, variance, k):
     """As `all_directions`, for a large X by a randomised search; None where that may not suffice.
-    It does if (1) q < few: the rule was met among those found, and (2) X X^T U = U S²: U is singular
-    vectors. That none heavier was missed is not checked: the search finds the heaviest first."""
+    It does if (1) q < few: the rule was met among those found, and (2) X X^T U = U S²: they are
+    singular vectors. That none heavier was missed is not checked: it finds the heaviest first."""
     few = max(48, min(X.shape) // 20)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
