@@ -18,7 +18,7 @@ Phase 2, `Share.learn`: a new task trains its coefficients (with phi > 0, tempor
 Phase 3, `Share.merge`: the bases take in new adapters; all coefficients follow by projection.
 
 A layer's two sides, B with beta and A^T with alpha, are treated alike; comments speak of B's.
-"Ours" is not in the paper (arXiv 2602.06043; see README.md). Absent: convolutions, quantisation.
+"Ours" marks what the paper (arXiv 2602.06043) lacks; see README.md. No convolutions, quantisation.
 """
 import contextlib
 import copy
@@ -31,11 +31,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-LARGE = 384  # a stack with so many rows and columns is first searched for a few main directions
-NOISE = 1e-6  # what is below this part of the largest is rounding; float32's own is 1e-7
+LARGE = 384  # with so many rows and columns, a stack's few main directions are searched for first
+NOISE = 1e-6  # less than this part of the largest counts as rounding; float32's own is 1e-7
 VERSION = "share, version 3"  # of the file
-BUSY = "is being learned: learn, merge, remove, detach or a mixed batch with it has to wait"
-UNREACHED = "the loss reached no coefficient; reentrant checkpointing needs inputs with gradients"
+BUSY = "is being learned: learn, add, merge, remove, detach, a mixed batch with it have to wait"
+UNREACHED = "the loss reached no coefficient (no_grad? reentrant checkpoints of frozen inputs?)"
 not_inference = torch.inference_mode(False)  # what is made in inference mode can never be trained
 
 def _require(holds, message):
@@ -67,19 +67,19 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     basis = few_directions(X, variance, k) if min(X.shape) >= LARGE else None
     if basis is None:
         basis = all_directions(X, variance, k)
-    outside = mean - basis @ (basis.T @ mean)
-    if centred and outside.norm() * X.shape[1] ** 0.5 > NOISE * stack.norm():  # m copies' norm
+    outside = (mean - basis @ (basis.T @ mean)) * X.shape[1] ** 0.5  # m columns contain the mean
+    if centred and outside.norm() > NOISE * stack.norm(dtype=torch.float64):  # it is not spanned
         basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
     return basis.to(torch.promote_types(stack.dtype, torch.float32)).contiguous()
 
 def few_directions(X, variance, k):
     """As `all_directions`, for a large X by a randomised search; None where that may not suffice.
-    It does if (1) q < few: the rule was met among those found, and (2) X X^T U = U S²: they are
-    singular vectors. That none heavier was missed is not checked: it finds the heaviest first."""
+    It does if (1) q < few: the count was not cut off at the few found, and (2) X X^T U = U S²: they
+    are singular vectors. That none heavier was missed is not checked, only likely."""
     few = max(48, min(X.shape) // 20)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
-        U, S, _ = torch.svd_lowrank(X, few, niter=4)
+        U, S, _ = torch.svd_lowrank(X, few, niter=4)  # U (n, few), S (few): the heaviest first
     q = count_directions(S**2, X.norm() ** 2, variance, k)
     error = X @ (X.T @ U[:, :q]) - U[:, :q] * S[:q] ** 2
     return U[:, :q] if q < few and error.norm() <= 1e-9 * S[0] ** 2 else None
@@ -91,10 +91,10 @@ def all_directions(X, variance, k):
     squares, vectors = torch.linalg.eigh(X @ X.T if wide else X.T @ X)
     squares, vectors = squares.flip(0), vectors.flip(1)  # the heaviest first
     vectors = vectors[:, : count_directions(squares, squares.sum(), variance, k)]
-    return vectors if wide else torch.linalg.qr(X @ vectors).Q  # X V = U S, scaled to U
+    return vectors if wide else torch.linalg.qr(X @ vectors).Q  # X V = U S; QR scales it to U
 
 def count_directions(squares, energy, variance, k):
-    """k, or the fewest directions that explain `variance`; never what is only rounding.
+    """At most k, or the fewest directions that explain `variance`; never what is only rounding.
     squares: singular values squared, falling, maybe not all of them; energy: the sum of all."""
     if k is None:
         k = 1 + int((squares.cumsum(0) / energy < variance - 1e-13).sum())  # 1e-13: for rounding
@@ -103,8 +103,8 @@ def count_directions(squares, energy, variance, k):
 def best_rank(eps_beta, eps_alpha, p):
     """The best coefficients (kβ, p), (kα, p) of rank p for (kβ, r), (kα, r); None: as they are.
     As the bases are orthonormal, nearest in ΔW is nearest in eps_beta eps_alpha^T: a truncated SVD
-    (Eckart and Young). Never more than kβ, kα or r columns."""
-    if p is None or 0 in (len(eps_beta), len(eps_alpha)):  # in an empty basis ΔW is 0
+    (Eckart and Young). At most min(p, kβ, kα, r) columns; with an empty basis min(p, r)."""
+    if p is None or 0 in (len(eps_beta), len(eps_alpha)):  # in an empty basis ΔW is 0 anyhow
         return eps_beta[:, :p], eps_alpha[:, :p]
     # eps_beta eps_alpha^T = Q_beta (R_beta R_alpha^T) Q_alpha^T: only the small middle needs an SVD
     Q_beta, R_beta = torch.linalg.qr(eps_beta.double())
@@ -125,7 +125,7 @@ def split_columns(columns, widths):
     """(k, Σp) as [(k, p)], copies."""
     return [part.clone(memory_format=torch.contiguous_format) for part in columns.split(widths, 1)]
 
-def stack_factors(own, other):
+def stack_factors(own, other):  # other: only stack_updates needs it
     """The paper's stack (n, Σr): all tasks' factors [(n, r)] of this side, next to each other."""
     return torch.cat(own, dim=1)
 
@@ -137,7 +137,7 @@ def stack_updates(own, other):
     right = stack_padded([factor.double() for factor in other])  # (t, d, r)
     updates = left @ torch.linalg.qr(right, mode="r").R.mT  # (t, n, min(d, r))
     norms = torch.linalg.matrix_norm(updates, keepdim=True)
-    norms = norms.clamp_min(NOISE * norms.max() + 1e-300)  # what is only rounding must not become 1
+    norms = norms.clamp_min(NOISE * norms.max() + 1e-300)  # rounding beside the others stays small
     return (updates / norms).transpose(0, 1).flatten(1).to(own[0].dtype)  # (n, t min(d, r))
 STACKS = {"factors": stack_factors, "updates": stack_updates}
 
@@ -147,25 +147,22 @@ def project(basis, factor):
 
 def build_side(own, other, stack, **rule):
     """Phase 1 for one side: the basis (n, k), and each task's coefficients [(k, r)].
-    own, other: the factors of this side [(n, r)] and the other one. rule: as build_basis takes it.
-    """
-    stacked = stack(own, other)
-    basis = build_basis(stacked, **rule)
-    eps = [project(basis, factor) for factor in own]
-    return basis, eps
+    own, other: the factors of this side [(n, r)] and the other. rule: as build_basis takes it."""
+    basis = build_basis(stack(own, other), **rule)
+    return basis, [project(basis, factor) for factor in own]
 
 def to_frame(basis, eps, factors):
-    """A small orthonormal frame (n, q) for phase 3 on one side, and all tasks in its coordinates.
-    First come the columns of the basis (n, k), then what the new factors [(n, r)] have outside it.
+    """For phase 3, one side: an orthonormal frame (n, q) that spans the basis and all factors.
+    Its first k columns are the basis (n, k); the others, what the new factors [(n, r)] add to it.
     Returns it and coordinates (q, Σp), the old tasks' (eps) first: factor = frame @ coordinates."""
     k = basis.shape[1]
     basis = basis.double()
     factors = torch.cat(factors, dim=1).to(basis)
     Q = torch.linalg.qr(torch.cat([basis, factors], dim=1)).Q
     frame = torch.cat([basis, Q[:, k:]], dim=1)  # Q's first k are the basis up to their signs
-    new = frame.T @ factors
+    new = frame.T @ factors  # (q, Σr)
     inside = new[k:].norm(dim=0) < NOISE * new.norm(dim=0)
-    new[k:, inside] = 0  # it was rounding
+    new[k:, inside] = 0  # these columns lie in the basis; what is left over was rounding
     old = torch.cat([basis.new_zeros(k, 0), *eps], dim=1)
     old = nn.functional.pad(old, (0, 0, 0, len(new) - k))  # old tasks have nothing outside
     return frame, torch.cat([old, new], dim=1)
@@ -180,14 +177,14 @@ def next_basis(stacked, k_old, variance, k, center):
     basis = build_basis(stacked, k=k_old)  # the heaviest, though fewer would explain the variance
     missing = k_old - basis.shape[1]
     if missing > 0:  # the stack has a lower rank (tasks were removed): fill up with old axes
-        old = torch.eye(len(stacked), k_old).to(stacked)
-        unused = old - basis @ (basis.T @ old)
+        old = torch.eye(len(stacked), k_old).to(stacked)  # (q, k_old): the old basis, in the frame
+        unused = old - basis @ (basis.T @ old)  # at least `missing` directions of the old are left
         basis = torch.cat([basis, build_basis(unused, k=missing)], dim=1)
     return basis
 
 def grown_basis(stacked, k_old, variance, k, center):
     """Ours: as `next_basis`, but the old axes stay; what is outside of them adds to them."""
-    old = torch.eye(len(stacked), k_old).to(stacked)
+    old = torch.eye(len(stacked), k_old).to(stacked)  # (q, k_old): the old basis, in the frame
     outside = stacked - old @ (old.T @ stacked)
     added = build_basis(outside, variance, k, center)
     room = None if k is None else max(k - k_old, 0)  # k is a cap of old and added together
@@ -197,11 +194,11 @@ def merge_side(basis, frame, own, other, widths, counted, stack, choose, varianc
     """Phase 3 for one side: the next basis (n, k), and all tasks' coefficients [(k, p)].
     As published: (1) rebuild the old tasks' factors, beta eps; (2) stack them with the new ones;
     (3) SVD: the next basis; (4) new coefficients of all, next_basis^T factor. Here the same in the
-    coordinates of `to_frame`, at a cost that hardly grows with the number of tasks. own, other: all
-    tasks (q, Σp) of this side and the other, old first. widths: the p of each. counted: a slice."""
+    coordinates of `to_frame`: q rows, not n, however many tasks there are. own, other: all tasks
+    (q, Σp), this side's and the other's. widths: each one's p. counted: which tasks are stacked."""
     stacked = stack(own.split(widths, dim=1)[counted], other.split(widths, dim=1)[counted])
-    next_in_frame = choose(stacked, basis.shape[1], variance, k, center)
-    next_eps = (next_in_frame.T @ own).to(basis.dtype)
+    next_in_frame = choose(stacked, basis.shape[1], variance, k, center)  # (q, next k)
+    next_eps = (next_in_frame.T @ own).to(basis.dtype)  # (next k, Σp)
     return (frame @ next_in_frame).to(basis.dtype), split_columns(next_eps, widths)
 
 @dataclass
@@ -213,11 +210,11 @@ class Adapter:
     config: dict = field(default_factory=dict)
 
     def delta(self, layer):
-        """ΔW (n, d) of one layer; in float64 meanwhile, which autocast leaves alone."""
+        """ΔW (n, d) of one layer, multiplied in float64, which autocast leaves alone."""
         B, A = self.factors[layer]
         return (B.double() @ A.double()).to(B.dtype)
     def energy(self):
-        """‖ΔW‖², over all layers, without forming any ΔW: ‖B A‖² = trace(B^T B A A^T)."""
+        """‖ΔW‖², over all layers, without a ΔW: ‖B A‖² = trace(B^T B A A^T) = Σ B^T B * (A A^T)."""
         pairs = [(B.detach().double(), A.detach().double()) for B, A in self.factors.values()]
         return sum(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())) for B, A in pairs)
     def record(self):
@@ -235,7 +232,7 @@ class Share:
         _check_numbers(variance)
         _require(stack in STACKS, f"stack is {stack!r}; it takes one of {list(STACKS)}")
         self.variance, self.stack = variance, stack
-        self.center = center and stack == "factors"  # the sign of updates' columns is arbitrary
+        self.center = center and stack == "factors"  # updates' columns: signs, so means, arbitrary
         self.bases, self.coefficients = {}, {}
         self.records, self.learned = {}, {}
         self.selected = None
@@ -263,14 +260,15 @@ class Share:
     def add(self, task, adapter, p=None):
         """Project one more task onto the bases, which stay; p: pseudo-rank, None for its own rank.
         What lies outside is lost (`retained` tells how much); `merge` would take it in."""
+        _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         _check_numbers(p=p)
         new = sorted(adapter.factors.keys() - self.bases.keys())
         _require(not new, f"task {task!r}, layer {new}: no bases yet; merge() makes them")
-        layers = self._check_adapters({task: adapter})
-        self.records[task] = adapter.record()
+        layers, record = self._check_adapters({task: adapter}), adapter.record()
         for layer, (_, [B], [A_T]) in layers.items():
             beta, alpha = self.bases[layer]
             self.coefficients[layer][task] = best_rank(project(beta, B), project(alpha, A_T), p)
+        self.records[task] = record  # last: until then there is no such task
 
     @not_inference
     def merge(self, adapters, *, variance=None, k=None, grow=False):
@@ -380,9 +378,11 @@ class Share:
     def detach(self, model, task=None):
         """Make nn.Linear of them again, with a task's ΔW added to the weights if one is named."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
-        attached = self._attached(model)
-        _require(attached, "the model has no layer of this share; attach(model) comes first")
         folded = Adapter({}) if task is None else self.reconstruct(task)
+        attached = self._attached(model, folded.factors)
+        _require(attached, "the model has no layer of this share; attach(model) comes first")
+        unfit = [x for x, m in attached.items() if "forward" in vars(m) or m.weight.is_meta]
+        _require(not unfit, f"layers {unfit}: another forward, or on meta; undo that first")
         for layer, linear in attached.items():
             if layer in folded.factors:  # a new Parameter, as the old one may be tied
                 weight = (linear.weight + folded.delta(layer)).to(linear.weight.dtype)
@@ -404,28 +404,28 @@ class Share:
         statistics) are as before; after an exception or Ctrl-C the share and `extra` as well.
         p: pseudo-rank. sigma: coefficients start as N(0, sigma²) on both sides, since with both at
         zero every gradient is zero. phi: temporary columns a side, fewer than the largest basis has
-        (the paper's bound), trained too; then the block ends in `merge`, with `grow` of all that is
-        outside. finetune: train an existing task on, at its p."""
+        (the paper's bound), trained too; then the block ends in `merge`: by the share's own rule,
+        or with `grow`, at variance 1. finetune: train an existing task on; p, sigma are its own."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
-        attached = self._attached(model)
-        missing = [layer for layer in self.layers if layer not in attached]
-        _require(not missing, f"layers {missing} are not attached; share.attach(model) does it")
+        attached = self._attached(model, self.layers)
         learned = self._start(task, p, phi, sigma, finetune)
         parameters = [parameter for own in learned.values() for parameter in own]
         extra = list(extra)
-        start = [tensor.detach().clone() for tensor in parameters + extra]
+        _require(all(q._base is None for q in extra), "extra holds views, such as rows of a tensor")
+        trained = parameters + extra
+        start = [tensor.detach().clone() for tensor in trained]
         before = dict(vars(self))
         with frozen(model, extra):  # before the coefficients join the model: they are to be trained
             try:
                 for layer, own in learned.items():
                     attached[layer].learned = own
-                self.learned = {task: learned}
-                self.selected = task
+                self.learned, self.selected = {task: learned}, task
                 yield parameters
-                finite = all(tensor.isfinite().all() for tensor in parameters + extra)
+                finite = all(tensor.isfinite().all() for tensor in trained)
                 _require(finite, f"task {task!r}: a trained number is NaN or infinite")
-                moved = [not torch.equal(q, old.to(q)) for q, old in zip(parameters + extra, start)]
-                _require(any(moved[: len(parameters)]) or not any(moved), UNREACHED)
+                moved = [not torch.equal(q, old.to(q)) for q, old in zip(trained, start)]
+                only_extra = any(moved) and not any(moved[: len(parameters)])
+                _require(not only_extra, UNREACHED)  # if nothing moved, nothing was to be trained
                 self._keep(task, phi, grow)
             except BaseException:  # Ctrl-C is one
                 vars(self).update(before)
@@ -436,7 +436,7 @@ class Share:
                 self.learned = {}
                 self.selected = before["selected"]
                 for layer in learned:
-                    del attached[layer].learned
+                    attached[layer]._modules.pop("learned", None)
 
     def _start(self, task, p, phi, sigma, finetune):
         """Where training starts: {layer: [eps_beta, eps_alpha, with phi > 0 temporary columns]}."""
@@ -446,10 +446,12 @@ class Share:
             held = {name: pairs[task] for name, pairs in self.coefficients.items() if task in pairs}
             return {name: nn.ParameterList(e.clone() for e in pair) for name, pair in held.items()}
         self._check_new_task(task)
-        _check_numbers(p=p or 0)  # None, "its own rank" elsewhere, is refused, too
+        _check_numbers(p="None" if p is None else p)  # elsewhere None means its own rank
         _require(sigma > 0, f"sigma is {sigma!r}; it takes a number above 0")
-        largest = max((basis.shape[1] for pair in self.bases.values() for basis in pair), default=1)
-        fits = type(phi) is int and 0 <= phi < max(largest, 1)
+        sizes = [(beta.shape[1], alpha.shape[1]) for beta, alpha in self.bases.values()]
+        _require(any(min(pair) > 0 for pair in sizes), "the bases are empty: nothing to learn")
+        largest = max(max(pair) for pair in sizes)
+        fits = type(phi) is int and 0 <= phi < largest
         _require(fits, f"phi is {phi!r}; it takes 0, or less than {largest}")
         learned = {}
         for layer, bases in self.bases.items():
@@ -476,8 +478,8 @@ class Share:
         records = {task: dict(record) for task, record in self.records.items()}
         for i, (layer, held) in enumerate(self.coefficients.items()):  # all tasks' in one tensor
             beta, alpha = self.bases[layer]
-            none = torch.zeros(beta.shape[1] + alpha.shape[1], 0)  # (kβ + kα, Σp) of no task
-            eps = torch.cat([none, *(torch.cat(pair).cpu() for pair in held.values())], dim=1)
+            none = beta.new_zeros(beta.shape[1] + alpha.shape[1], 0)  # or cat refuses no task
+            eps = torch.cat([none, *map(torch.cat, held.values())], dim=1)  # ε_β over ε_α, (…, Σp)
             tensors |= {f"{i}.beta": beta, f"{i}.alpha": alpha, f"{i}.eps": eps}
             widths[layer] = {task: pair[0].shape[1] for task, pair in held.items()}
         for j, record in enumerate(records.values()):
@@ -515,10 +517,13 @@ class Share:
             share.records[task] = record | {"extras": extras}
         return share
 
-    def _attached(self, model):
-        """{layer: ShareLinear} of this share in a model."""
+    def _attached(self, model, needed=()):
+        """{layer: ShareLinear} of this share in a model; ValueError where a needed one is not."""
         linears = [module for module in model.modules() if isinstance(module, ShareLinear)]
-        return {linear.layer: linear for linear in linears if linear.share is self}
+        attached = {linear.layer: linear for linear in linears if linear.share is self}
+        missing = [layer for layer in needed if layer not in attached]
+        _require(not missing, f"layers {missing} are not attached; share.attach(model) does it")
+        return attached
 
     @not_inference
     def _move(self, layer, device):
@@ -532,19 +537,17 @@ class Share:
         plain = type(linear) is nn.Linear and isinstance(linear.weight, nn.Parameter)
         plain = plain and "forward" not in vars(linear) and not linear.weight.is_meta
         what = f"layer {layer!r} is {linear or 'missing'}"
-        _require(plain, f"{what}; it takes a plain nn.Linear, its forward its own, not on meta")
+        _require(plain, f"{what}; it takes a plain nn.Linear, with its own forward, not on meta")
         _require(linear.weight.shape == shape, f"{what}; its bases take {shape}")
-
     def _check_task(self, task):
         if task not in self.records:
             raise ValueError(f"task {task!r} is unknown; the share has {self.tasks}")
-
     def _check_new_task(self, task):
         fits = isinstance(task, str) and task not in self.records and task not in self.learned
         _require(fits, f"task {task!r} exists, or is no string; it takes a new name")
 
     def _check_adapters(self, adapters):
-        """{task: Adapter}, once all of them fit, as {layer: ([task], [B (n, r)], [A^T (d, r)])}."""
+        """{task: Adapter}, all checked, by layer: {layer: ([task], [B (n, r)], [A^T (d, r)])}."""
         _require(adapters, "adapters is empty; it takes one or more")
         shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
         layers = {}
@@ -558,7 +561,7 @@ class Share:
                 fits = shape == n_d and B.dim() == A.dim() == 2 and B.shape[1] == len(A) > 0
                 _require(fits, f"{what}; it takes (n, r) and (r, d), here with (n, d) = {n_d}")
                 _require(B.is_floating_point() and A.is_floating_point(), f"{what} are not real")
-                dtype = torch.float64 if B.dtype == torch.float64 else torch.float32  # never half
+                dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
                 B, A = B.detach().to(dtype), A.detach().to(dtype)
                 _require(B.isfinite().all() and A.isfinite().all(), f"{what} hold NaN or infinity")
                 held = layers.setdefault(layer, ([], [], []))
@@ -604,29 +607,28 @@ class ShareLinear(nn.Linear):
 
     def mixed(self, x, tasks):
         """Each sample's own update of x (b, ..., d): one product with alpha and one with beta."""
-        t, b = len(tasks), len(x)
-        _require(t == b, f"{t} tasks are selected; the batch has {b} samples")
+        fits = len(tasks) == len(x)
+        _require(fits, f"{len(tasks)} tasks are selected; the batch has {len(x)} samples")
         beta, alpha = self.share.bases[self.layer]
-        if t == 0:  # nothing to stack
-            return 0.0
-        none = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
-        pairs = [self.share.coefficients[self.layer].get(task, none) for task in tasks]
+        none = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)  # no columns
+        held = self.share.coefficients[self.layer]
+        pairs = [held.get(task, none) for task in tasks] or [none]  # an empty batch needs one, too
         eps_beta = stack_padded([eps for eps, _ in pairs])  # (b, kβ, p)
         eps_alpha = stack_padded([eps for _, eps in pairs])  # (b, kα, p)
-        z = torch.einsum("b...k,bkp->b...p", x.to(alpha.dtype) @ alpha, eps_alpha)
+        z = torch.einsum("b...k,bkp->b...p", x.to(alpha.dtype) @ alpha, eps_alpha)  # (b, ..., p)
         return torch.einsum("b...p,bkp->b...k", z, eps_beta) @ beta.T
-
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)  # model.to(device) and its like
-        self.share._move(self.layer, self.weight.device)
+        if not self.weight.is_meta:  # there the share's numbers would be lost
+            self.share._move(self.layer, self.weight.device)
         return self
 
 def no_shortcut(module, inputs):
-    """A hook: with one, nn.TransformerEncoderLayer calls its layers, not a kernel around them."""
+    """An empty hook: nn.TransformerEncoderLayer calls a layer that has one, and fuses others."""
 
 @contextlib.contextmanager
 def frozen(model, extra):
-    """All of a model frozen but `extra`; on leaving, requires_grad, .grad, buffers are restored."""
+    """All of a model frozen but `extra`; on leaving, requires_grad, .grad, buffer values return."""
     flags = [(q, q.requires_grad, q.grad) for q in (*model.parameters(), *extra)]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
@@ -647,11 +649,10 @@ def frozen(model, extra):
 def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1e-2, sigma=0.03,
                        extra_parameters=(), finetune=False, grow=False, on_step=None):
     """Phase 2 with a loop of Adam: `Share.learn`, a step for each batch; returns the losses.
-    loss_fn(model, batch) gives a scalar. lr: Adam's rate. extra_parameters: what else to train, as
-    an optimizer takes it. on_step(step, loss) is called after each step, and may select a task."""
-    groups = [part if isinstance(part, dict) else {"params": part} for part in extra_parameters]
-    groups = [{"params": []}, *map(dict, groups)]  # Adam refuses to have no group, and edits them
-    optimizer = torch.optim.Adam(groups, lr=lr)
+    loss_fn(model, batch) gives a scalar. lr: Adam's rate. extra_parameters: tensors to train along,
+    or groups with rates of their own. on_step(step, loss): called after each; may select a task."""
+    groups = [dict(g) if isinstance(g, dict) else {"params": g} for g in extra_parameters]  # copies
+    optimizer = torch.optim.Adam([{"params": []}, *groups], lr=lr)  # it refuses an empty list
     extra = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     settings = {"p": p, "phi": phi, "sigma": sigma, "finetune": finetune, "grow": grow}
     losses = []
@@ -666,7 +667,7 @@ def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1
                 loss.backward()
             _require(any(q.grad is not None for q in parameters), f"step {step}: {UNREACHED}")
             optimizer.step()
-            torch.clear_autocast_cache()  # it would keep the old values of a head
+            torch.clear_autocast_cache()  # under a caller's autocast it keeps a head's old values
             losses.append(loss.item())
             if on_step is not None:
                 on_step(step, losses[-1])
@@ -695,6 +696,5 @@ class ToyTransformer(nn.Module):
             x = x + block["o"](y.transpose(1, 2).flatten(2))
             x = x + block["down"](nn.functional.gelu(block["up"](self.norm(x))))
         return self.norm(x)
-
     def forward(self, tokens):
         return self.head(self.hidden(tokens))
