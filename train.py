@@ -11,7 +11,6 @@ one secret key behind an opaque tag, so that an adapter must hold the key. Chanc
     python train.py --scaling    what building, a merge and a training step cost
     python train.py --quick      a smoke run on a smaller model
 """
-
 import argparse
 import contextlib
 import copy
@@ -25,7 +24,6 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -68,7 +66,8 @@ def lora_adapter(model):
 
 PEFT_VARIANTS = (  # what makes a PEFT adapter something else than W0 x + scaling B A x
     "use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+    "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "monteclora_config",
 )
 PEFT_STARTS = (True, "gaussian", "eva", "orthogonal")  # initialisations that leave W0 as it is
 PEFT_START_CONFIGS = ("eva_config", "corda_config", "loftq_config")
@@ -158,6 +157,7 @@ class Router:
     radius: float
 
     @classmethod
+    @torch.no_grad()
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
         Near is half-way between where 98 % are to their own mean and where 2 % are to another
@@ -302,7 +302,6 @@ def pretrain(s):
     """The base model, which deciphers with any key that it is shown, and prompts to test that."""
     model = ToyTransformer(2 * LETTERS + s.first + s.later, s.width, length=KEY + MESSAGE)
     generator = torch.Generator().manual_seed(s.seed)
-
     def clear(size):
         return make_batch(generator, torch.randint(LETTERS, (size, KEY), generator=generator))
 
@@ -572,10 +571,8 @@ def scaling(n=1024, r=8):
     torch.manual_seed(0)
     layers = [f"layer {i}" for i in range(4)]
     spans = {layer: [torch.linalg.qr(torch.randn(n, 32)).Q for _ in "BA"] for layer in layers}
-
     def factor(span):  # in 32 directions that all tasks share, and noise
         return span @ torch.randn(32, r) + 0.02 * torch.randn(n, r)
-
     def adapter():
         return Adapter({layer: (factor(B), factor(A).T) for layer, (B, A) in spans.items()})
     print(f"{len(layers)} layers of {n} × {n}, adapters of rank {r}; numbers stored with p = 1")
@@ -655,6 +652,8 @@ def main(argv=None):
             parser.error(f"{path}: there is no folder {path.parent}")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: it takes 1 or more")
+    if (args.sweep or args.scaling) and (args.json or args.svg or args.seeds > 1):
+        parser.error("--json, --svg and --seeds go with neither --sweep nor --scaling")
     torch.set_num_threads(1)  # these matrices are too small for more; a busy machine punishes it
     s = replace(Settings(seed=args.seed), **QUICK if args.quick else {})
     if args.sweep:
@@ -672,8 +671,9 @@ def main(argv=None):
     if args.svg:
         args.svg.write_text(svg(runs[0]["methods"]))
     for run in runs:
-        print(f"\nSeed {run['seed']} took {run['seconds']:.0f} s.")
-        if not args.quick:  # a smoke run claims nothing
+        more = " A smoke run, too short to learn the tasks: it claims nothing." * args.quick
+        print(f"\nSeed {run['seed']} took {run['seconds']:.0f} s.{more}")
+        if not args.quick:
             check(run["methods"])
 
 if __name__ == "__main__":
