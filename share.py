@@ -41,7 +41,6 @@ not_inference = torch.inference_mode(False)  # what is made in inference mode ca
 def _require(holds, message):
     if not holds:
         raise ValueError(message)
-
 def _check_numbers(variance=1.0, **counts):
     _require(0 < variance <= 1, f"variance is {variance!r}; it takes a number above 0, up to 1")
     for name, value in counts.items():
@@ -59,6 +58,7 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     _check_numbers(variance, k=k)
     fits = stack.dim() == 2 and stack.shape[1] > 0 and stack.isfinite().all()
     _require(fits, f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite values")
+    stack = stack.to(torch.promote_types(stack.dtype, torch.float32))  # half's norm overflows
     X = stack.to(torch.float64, copy=True)
     mean = X.mean(dim=1, keepdim=True)
     centred = center and k is None
@@ -68,9 +68,9 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     if basis is None:
         basis = all_directions(X, variance, k)
     outside = (mean - basis @ (basis.T @ mean)) * X.shape[1] ** 0.5  # m columns contain the mean
-    if centred and outside.norm() > NOISE * stack.norm(dtype=torch.float64):  # it is not spanned
+    if centred and outside.norm() > NOISE * stack.norm():  # it is not spanned
         basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
-    return basis.to(torch.promote_types(stack.dtype, torch.float32)).contiguous()
+    return basis.to(stack.dtype).contiguous()
 
 def few_directions(X, variance, k):
     """As `all_directions`, for a large X by a randomised search; None where that may not suffice.
