@@ -499,7 +499,7 @@ class Share:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+                tensors = {name: file.get_tensor(name).to("cpu", copy=True) for name in file.keys()}
         except safetensors.SafetensorError:
             metadata = tensors = {}
         text = metadata.get(VERSION, "")

@@ -1180,9 +1180,9 @@ def test_a_saved_share_loads_with_identical_outputs(tmp_path):
     del adapters["a_b"].factors["first"]
     share = Share.from_adapters(adapters, stack="updates", variance=0.9)
     share.select("a/b")
-    with torch.device("meta"):  # a default device or dtype plays no part
+    with torch.device("meta"):  # a default device plays no part
         share.save(tmp_path / "share.safetensors")
-        loaded = Share.load(tmp_path / "share.safetensors")
+    loaded = Share.load(tmp_path / "share.safetensors")
     assert share.selected == "a/b" and loaded.selected is None
     for name in ("tasks", "layers", "stack", "variance", "center"):
         assert getattr(loaded, name) == getattr(share, name)
