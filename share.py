@@ -67,15 +67,15 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     basis = few_directions(X, variance, k) if min(X.shape) >= LARGE else None
     if basis is None:
         basis = all_directions(X, variance, k)
-    outside = (mean - basis @ (basis.T @ mean)) * X.shape[1] ** 0.5  # m columns contain the mean
+    outside = (mean - basis @ (basis.T @ mean)) * X.shape[1] ** 0.5  # norm: that of m such columns
     if centred and outside.norm() > NOISE * stack.norm():  # it is not spanned
         basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
     return basis.to(stack.dtype).contiguous()
 
 def few_directions(X, variance, k):
     """As `all_directions`, for a large X by a randomised search; None where that may not suffice.
-    It does if (1) q < few: the count was not cut off at the few found, and (2) X X^T U = U S²: they
-    are singular vectors. That none heavier was missed is not checked, only likely."""
+    It does if (1) q < few: the count was not cut off at the few found, and (2) X X^T U = U S² up to
+    1e-9 S0²: singular vectors. That none heavier was missed is not checked, only likely."""
     few = max(48, min(X.shape) // 20)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
@@ -130,14 +130,14 @@ def stack_factors(own, other):  # other: only stack_updates needs it
     return torch.cat(own, dim=1)
 
 def stack_updates(own, other):
-    """Ours: for each ΔW = own other^T, scaled to norm 1, a thin X (n, r) with X X^T = ΔW ΔW^T.
+    """Ours: for each ΔW = own other^T, scaled to norm 1, a thin X with X X^T = ΔW ΔW^T.
     own: [(n, r)]; other: [(d, r)]. Neither a task's size plays a part nor how ΔW is split into B
     and A. With other = Q R, ΔW = (own R^T) Q^T, so that X = own R^T will do, as Q^T Q = 1."""
     left = stack_padded([factor.double() for factor in own])  # (t, n, r)
     right = stack_padded([factor.double() for factor in other])  # (t, d, r)
     updates = left @ torch.linalg.qr(right, mode="r").R.mT  # (t, n, min(d, r))
     norms = torch.linalg.matrix_norm(updates, keepdim=True)
-    norms = norms.clamp_min(NOISE * norms.max() + 1e-300)  # rounding beside the others stays small
+    norms = norms.clamp_min(NOISE * norms.max() + 1e-300)  # lesser ones stay below norm 1: rounding
     return (updates / norms).transpose(0, 1).flatten(1).to(own[0].dtype)  # (n, t min(d, r))
 STACKS = {"factors": stack_factors, "updates": stack_updates}
 
@@ -159,7 +159,7 @@ def to_frame(basis, eps, factors):
     basis = basis.double()
     factors = torch.cat(factors, dim=1).to(basis)
     Q = torch.linalg.qr(torch.cat([basis, factors], dim=1)).Q
-    frame = torch.cat([basis, Q[:, k:]], dim=1)  # Q's first k are the basis up to their signs
+    frame = torch.cat([basis, Q[:, k:]], dim=1)  # not Q: its first k may differ in sign, eps do not
     new = frame.T @ factors  # (q, Σr)
     inside = new[k:].norm(dim=0) < NOISE * new.norm(dim=0)
     new[k:, inside] = 0  # these columns lie in the basis; what is left over was rounding
@@ -178,7 +178,7 @@ def next_basis(stacked, k_old, variance, k, center):
     missing = k_old - basis.shape[1]
     if missing > 0:  # the stack has a lower rank (tasks were removed): fill up with old axes
         old = torch.eye(len(stacked), k_old).to(stacked)  # (q, k_old): the old basis, in the frame
-        unused = old - basis @ (basis.T @ old)  # at least `missing` directions of the old are left
+        unused = old - basis @ (basis.T @ old)  # `missing` or more old directions lie all outside
         basis = torch.cat([basis, build_basis(unused, k=missing)], dim=1)
     return basis
 
@@ -195,7 +195,7 @@ def merge_side(basis, frame, own, other, widths, counted, stack, choose, varianc
     As published: (1) rebuild the old tasks' factors, beta eps; (2) stack them with the new ones;
     (3) SVD: the next basis; (4) new coefficients of all, next_basis^T factor. Here the same in the
     coordinates of `to_frame`: q rows, not n, however many tasks there are. own, other: all tasks
-    (q, Σp), this side's and the other's. widths: each one's p. counted: which tasks are stacked."""
+    (own q, Σp), this side's and the other's. widths: each one's p. counted: which are stacked."""
     stacked = stack(own.split(widths, dim=1)[counted], other.split(widths, dim=1)[counted])
     next_in_frame = choose(stacked, basis.shape[1], variance, k, center)  # (q, next k)
     next_eps = (next_in_frame.T @ own).to(basis.dtype)  # (next k, Σp)
@@ -214,8 +214,8 @@ class Adapter:
         B, A = self.factors[layer]
         return (B.double() @ A.double()).to(B.dtype)
     def energy(self):
-        """‖ΔW‖², over all layers, without a ΔW: ‖B A‖² = trace(B^T B A A^T) = Σ B^T B * (A A^T)."""
-        pairs = [(B.detach().double(), A.detach().double()) for B, A in self.factors.values()]
+        """‖ΔW‖² of all layers, without a ΔW: ‖B A‖² = trace(B^T B A A^T) = Σ (B^T B) * (A A^T)."""
+        pairs = [[f.detach().cpu().double() for f in pair] for pair in self.factors.values()]
         return sum(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())) for B, A in pairs)
     def record(self):
         """What a share keeps of it besides the factors, copied."""
@@ -232,7 +232,7 @@ class Share:
         _check_numbers(variance)
         _require(stack in STACKS, f"stack is {stack!r}; it takes one of {list(STACKS)}")
         self.variance, self.stack = variance, stack
-        self.center = center and stack == "factors"  # updates' columns: signs, so means, arbitrary
+        self.center = center and stack == "factors"  # updates' columns have arbitrary signs
         self.bases, self.coefficients = {}, {}
         self.records, self.learned = {}, {}
         self.selected = None
@@ -273,10 +273,10 @@ class Share:
     @not_inference
     def merge(self, adapters, *, variance=None, k=None, grow=False):
         """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
-        The bases become the main directions of all tasks' factors, and no smaller than they were;
+        The bases become the main directions of all tasks' stack, and no smaller than they were;
         earlier tasks may move. With `grow` (ours) they stay, directions of what the new adapters
-        have outside are added, and earlier tasks keep their ΔW. variance: the part to explain, or
-        None: the share's own. k: a cap instead; without grow it can shrink. `attach` new layers."""
+        have outside are added, and earlier tasks keep their ΔW. variance: the part (of these) to
+        explain; None: the share's. k: a cap instead; bases can shrink to it. `attach` new layers."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         variance = self.variance if variance is None else variance
         _check_numbers(variance, k=k)
@@ -425,7 +425,7 @@ class Share:
                 _require(finite, f"task {task!r}: a trained number is NaN or infinite")
                 moved = [not torch.equal(q, old.to(q)) for q, old in zip(trained, start)]
                 only_extra = any(moved) and not any(moved[: len(parameters)])
-                _require(not only_extra, UNREACHED)  # if nothing moved, nothing was to be trained
+                _require(not only_extra, UNREACHED)  # if nothing moved at all, the start is kept
                 self._keep(task, phi, grow)
             except BaseException:  # Ctrl-C is one
                 vars(self).update(before)
@@ -446,7 +446,7 @@ class Share:
             held = {name: pairs[task] for name, pairs in self.coefficients.items() if task in pairs}
             return {name: nn.ParameterList(e.clone() for e in pair) for name, pair in held.items()}
         self._check_new_task(task)
-        _check_numbers(p="None" if p is None else p)  # elsewhere None means its own rank
+        _check_numbers(p="None" if p is None else p)  # None, which it lets pass, is refused here
         _require(sigma > 0, f"sigma is {sigma!r}; it takes a number above 0")
         sizes = [(beta.shape[1], alpha.shape[1]) for beta, alpha in self.bases.values()]
         _require(any(min(pair) > 0 for pair in sizes), "the bases are empty: nothing to learn")
@@ -478,7 +478,7 @@ class Share:
         records = {task: dict(record) for task, record in self.records.items()}
         for i, (layer, held) in enumerate(self.coefficients.items()):  # all tasks' in one tensor
             beta, alpha = self.bases[layer]
-            none = beta.new_zeros(beta.shape[1] + alpha.shape[1], 0)  # or cat refuses no task
+            none = beta.new_zeros(beta.shape[1] + alpha.shape[1], 0)  # cat takes no empty list
             eps = torch.cat([none, *map(torch.cat, held.values())], dim=1)  # ε_β over ε_α, (…, Σp)
             tensors |= {f"{i}.beta": beta, f"{i}.alpha": alpha, f"{i}.eps": eps}
             widths[layer] = {task: pair[0].shape[1] for task, pair in held.items()}
@@ -624,7 +624,7 @@ class ShareLinear(nn.Linear):
         return self
 
 def no_shortcut(module, inputs):
-    """An empty hook: nn.TransformerEncoderLayer calls a layer that has one, and fuses others."""
+    """An empty hook: nn.TransformerEncoderLayer with any hook in it calls its layers, unfused."""
 
 @contextlib.contextmanager
 def frozen(model, extra):

@@ -224,7 +224,7 @@ def test_a_zero_stack_has_no_direction_and_a_single_column_has_one():
     column = torch.randn(7, 1)
     assert build_basis(0 * column).shape == (7, 0)
     assert torch.allclose(build_basis(column).abs(), (column / column.norm()).abs(), atol=1e-6)
-    assert build_basis(torch.full((99, 99), 999.0).half()).shape == (99, 1)  # ‖stack‖ is inf in half
+    assert build_basis(torch.full((99, 99), 999.0).half()).shape == (99, 1)  # its norm is inf
 
 @pytest.mark.parametrize("stack, settings, words", [
     *[(torch.eye(5), {"variance": v}, "variance is") for v in (0, -0.1, 1.01, NAN)],
