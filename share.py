@@ -276,7 +276,7 @@ class Share:
         The bases become the main directions of all tasks' stack, and no smaller than they were;
         earlier tasks may move. With `grow` (ours) they stay, directions of what the new adapters
         have outside are added, and earlier tasks keep their ΔW. variance: the part (of these) to
-        explain; None: the share's. k: a cap instead; bases can shrink to it. `attach` new layers."""
+        explain; None: the share's. k: a cap instead; bases shrink to it. `attach` new layers."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         variance = self.variance if variance is None else variance
         _check_numbers(variance, k=k)
