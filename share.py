@@ -88,7 +88,7 @@ def all_directions(X, variance, k):
     """The heaviest left singular vectors (n, q) of X (n, m): k, or enough to explain `variance`.
     By eigh, a third of an SVD's time; squaring leaves 8 of float64's 16 digits, NOISE needs 6."""
     wide = X.shape[0] <= X.shape[1]  # the smaller of X X^T = U S² U^T and X^T X = V S² V^T
-    squares, vectors = torch.linalg.eigh(X @ X.T if wide else X.T @ X)
+    squares, vectors = torch.linalg.eigh(X @ X.T if wide else X.T @ X)  # S² and U, or S² and V
     squares, vectors = squares.flip(0), vectors.flip(1)  # the heaviest first
     vectors = vectors[:, : count_directions(squares, squares.sum(), variance, k)]
     return vectors if wide else torch.linalg.qr(X @ vectors).Q  # X V = U S; QR scales it to U
@@ -108,7 +108,7 @@ def best_rank(eps_beta, eps_alpha, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     # eps_beta eps_alpha^T = Q_beta (R_beta R_alpha^T) Q_alpha^T: only the small middle needs an SVD
     Q_beta, R_beta = torch.linalg.qr(eps_beta.double())
-    Q_alpha, R_alpha = torch.linalg.qr(eps_alpha.double())
+    Q_alpha, R_alpha = torch.linalg.qr(eps_alpha.double())  # Q: (kα, r), R: (r, r), if r <= kα
     U, S, Vh = torch.linalg.svd(R_beta @ R_alpha.T, full_matrices=False)
     best = Q_beta @ (U[:, :p] * S[:p].sqrt()), Q_alpha @ (Vh[:p].T * S[:p].sqrt())
     return best[0].to(eps_beta.dtype), best[1].to(eps_alpha.dtype)
@@ -248,7 +248,7 @@ class Share:
         share = cls(variance, center, stack)
         rule = dict(variance=variance, k=k, center=share.center, stack=STACKS[stack])
         for layer, (tasks, lefts, rights) in share._check_adapters(adapters).items():
-            beta, eps_betas = build_side(lefts, rights, **rule)
+            beta, eps_betas = build_side(lefts, rights, **rule)  # of all B (n, r), all A^T (d, r)
             alpha, eps_alphas = build_side(rights, lefts, **rule)
             share.bases[layer] = beta, alpha
             pairs = [best_rank(*pair, p) for pair in zip(eps_betas, eps_alphas)]
@@ -304,7 +304,7 @@ class Share:
         if task not in self.learned:
             self._check_task(task)
         beta, alpha = self.bases[layer]
-        pair = self.learned.get(task, {}).get(layer, self.coefficients[layer].get(task))
+        pair = self.learned.get(task, {}).get(layer, self.coefficients[layer].get(task))  # or None
         if pair is None:
             return None
         eps_beta, eps_alpha, *temporary = pair  # temporary: [] or columns (n, phi), (d, phi)
@@ -333,7 +333,7 @@ class Share:
         self._check_task(task)
         for held in (self.records, *self.coefficients.values()):
             held.pop(task, None)
-        chosen = self.selected if isinstance(self.selected, tuple) else [self.selected]
+        chosen = self.selected if isinstance(self.selected, tuple) else [self.selected]  # or mixed
         self.selected = None if task in chosen else self.selected
 
     def num_parameters(self, task=None):
@@ -352,7 +352,7 @@ class Share:
         names = (task,) if single else tuple(task)
         for name in set(names) - {None, *self.learned}:
             self._check_task(name)
-        apart = single or self.learned.keys().isdisjoint(names)
+        apart = single or self.learned.keys().isdisjoint(names)  # mixed trains no coefficients
         _require(apart, f"task {list(self.learned)} {BUSY}")
         self.selected = task if single else names
 
@@ -643,7 +643,7 @@ def frozen(model, extra):
             tensor.grad = None if grad is None else grad.to(tensor)  # the model may have moved
         for name, buffer in model.named_buffers():
             before = buffers.get(name, buffer).to(buffer)  # what is new in the block stays
-            if buffer.shape == before.shape and not torch.equal(buffer, before):
+            if buffer.shape == before.shape and not (buffer.is_meta or buffer.equal(before)):
                 buffer.copy_(before)  # only if it must: a buffer made by expand() cannot be written
 
 def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1e-2, sigma=0.03,
