@@ -138,7 +138,7 @@ def stack_updates(own, other):
     updates = left @ torch.linalg.qr(right, mode="r").R.mT  # (t, n, min(d, r))
     norms = torch.linalg.matrix_norm(updates, keepdim=True)
     norms = norms.clamp_min(NOISE * norms.max() + 1e-300)  # lesser ones stay below norm 1: rounding
-    return (updates / norms).transpose(0, 1).flatten(1).to(own[0].dtype)  # (n, t min(d, r))
+    return (updates / norms).to(own[0].dtype).transpose(0, 1).flatten(1)  # (n, t min(d, r))
 STACKS = {"factors": stack_factors, "updates": stack_updates}
 
 def project(basis, factor):
