@@ -159,7 +159,7 @@ def to_frame(basis, eps, factors):
     basis = basis.double()
     factors = torch.cat(factors, dim=1).to(basis)
     Q = torch.linalg.qr(torch.cat([basis, factors], dim=1)).Q
-    frame = torch.cat([basis, Q[:, k:]], dim=1)  # not Q: its first k may differ in sign, eps do not
+    frame = torch.cat([basis, Q[:, k:]], dim=1)  # not Q: its first k may differ in sign from basis
     new = frame.T @ factors  # (q, Σr)
     inside = new[k:].norm(dim=0) < NOISE * new.norm(dim=0)
     new[k:, inside] = 0  # these columns lie in the basis; what is left over was rounding
@@ -178,7 +178,7 @@ def next_basis(stacked, k_old, variance, k, center):
     missing = k_old - basis.shape[1]
     if missing > 0:  # the stack has a lower rank (tasks were removed): fill up with old axes
         old = torch.eye(len(stacked), k_old).to(stacked)  # (q, k_old): the old basis, in the frame
-        unused = old - basis @ (basis.T @ old)  # `missing` or more old directions lie all outside
+        unused = old - basis @ (basis.T @ old)  # all ⟂ basis; rank >= k_old - basis.shape[1]
         basis = torch.cat([basis, build_basis(unused, k=missing)], dim=1)
     return basis
 
@@ -275,8 +275,8 @@ class Share:
         """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
         The bases become the main directions of all tasks' stack, and no smaller than they were;
         earlier tasks may move. With `grow` (ours) they stay, directions of what the new adapters
-        have outside are added, and earlier tasks keep their ΔW. variance: the part (of these) to
-        explain; None: the share's. k: a cap instead; bases shrink to it. `attach` new layers."""
+        have outside are added, and earlier tasks keep their ΔW. variance: the part to explain, with
+        grow of what is outside; None: the share's. k: a cap; without grow, bases can shrink."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         variance = self.variance if variance is None else variance
         _check_numbers(variance, k=k)
@@ -358,7 +358,7 @@ class Share:
 
     def attach(self, model):
         """Make each nn.Linear that has bases a ShareLinear, in place; its bases move to its device.
-        Returns `model`. ValueError, with nothing changed: a layer is missing or unfit."""
+        Again after a merge that brings layers. ValueError, with nothing changed: one is unfit."""
         modules = dict(model.named_modules(remove_duplicate=False))
         attached = self._attached(model)
         linears = {}
@@ -376,7 +376,7 @@ class Share:
 
     @not_inference
     def detach(self, model, task=None):
-        """Make nn.Linear of them again, with a task's ΔW added to the weights if one is named."""
+        """Make the layers nn.Linear again, a task's ΔW added to the weights if one is named."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         folded = Adapter({}) if task is None else self.reconstruct(task)
         attached = self._attached(model, folded.factors)
@@ -404,7 +404,7 @@ class Share:
         statistics) are as before; after an exception or Ctrl-C the share and `extra` as well.
         p: pseudo-rank. sigma: coefficients start as N(0, sigma²) on both sides, since with both at
         zero every gradient is zero. phi: temporary columns a side, fewer than the largest basis has
-        (the paper's bound), trained too; then the block ends in `merge`: by the share's own rule,
+        (the paper's bound), trained too; then the block ends in `merge`: at the share's variance,
         or with `grow`, at variance 1. finetune: train an existing task on; p, sigma are its own."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         attached = self._attached(model, self.layers)
@@ -652,7 +652,7 @@ def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1
     loss_fn(model, batch) gives a scalar. lr: Adam's rate. extra_parameters: tensors to train along,
     or groups with rates of their own. on_step(step, loss): called after each; may select a task."""
     groups = [dict(g) if isinstance(g, dict) else {"params": g} for g in extra_parameters]  # copies
-    optimizer = torch.optim.Adam([{"params": []}, *groups], lr=lr)  # it refuses an empty list
+    optimizer = torch.optim.Adam([{"params": []}, *groups], lr=lr)  # Adam takes no empty list
     extra = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     settings = {"p": p, "phi": phi, "sigma": sigma, "finetune": finetune, "grow": grow}
     losses = []
