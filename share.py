@@ -358,7 +358,7 @@ class Share:
 
     def attach(self, model):
         """Make each nn.Linear that has bases a ShareLinear, in place; its bases move to its device.
-        Again after a merge that brings layers. Returns `model`. ValueError, nothing changed: unfit."""
+        Again after a merge that brings layers. Returns `model`; changes nothing if one is unfit."""
         modules = dict(model.named_modules(remove_duplicate=False))
         attached = self._attached(model)
         linears = {}
