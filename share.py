@@ -106,20 +106,19 @@ def best_rank(eps_beta, eps_alpha, p):
     (Eckart and Young). At most min(p, kβ, kα, r) columns; with an empty basis min(p, r)."""
     if p is None or 0 in (len(eps_beta), len(eps_alpha)):  # in an empty basis ΔW is 0 anyhow
         return eps_beta[:, :p], eps_alpha[:, :p]
-    # eps_beta eps_alpha^T = Q_beta (R_beta R_alpha^T) Q_alpha^T: only the small middle needs an SVD
-    Q_beta, R_beta = torch.linalg.qr(eps_beta.double())
-    Q_alpha, R_alpha = torch.linalg.qr(eps_alpha.double())  # Q: (kα, r), R: (r, r), if r <= kα
-    U, S, Vh = torch.linalg.svd(R_beta @ R_alpha.T, full_matrices=False)
-    best = Q_beta @ (U[:, :p] * S[:p].sqrt()), Q_alpha @ (Vh[:p].T * S[:p].sqrt())
-    return best[0].to(eps_beta.dtype), best[1].to(eps_alpha.dtype)
+    p = min(p, eps_beta.shape[1])
+    core = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα); its rank is r at most
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    root = S[:p].sqrt()  # S is split evenly
+    best = U[:, :p] * root, Vh[:p].T * root
+    return tuple(eps.to(eps_beta.dtype).contiguous() for eps in best)
 
 # --- One side of a layer: phases 1 and 3
 def stack_padded(matrices):
     """[(k, p)] as (t, k, p), filled up with columns of zeros where p differs."""
     p = max(matrix.shape[1] for matrix in matrices)
-    if any(matrix.shape[1] < p for matrix in matrices):
-        matrices = [nn.functional.pad(matrix, (0, p - matrix.shape[1])) for matrix in matrices]
-    return torch.stack(matrices)
+    pad = nn.functional.pad
+    return torch.stack([m if m.shape[1] == p else pad(m, (0, p - m.shape[1])) for m in matrices])
 
 def split_columns(columns, widths):
     """(k, Σp) as [(k, p)], copies."""
@@ -172,23 +171,18 @@ def next_basis(stacked, k_old, variance, k, center):
     Ours: without `k` it is no smaller than the old one. By the variance rule alone it would shrink
     from merge to merge, until only the newest tasks are left."""
     basis = build_basis(stacked, variance, k, center)
-    if k is not None or basis.shape[1] >= k_old:
-        return basis
-    basis = build_basis(stacked, k=k_old)  # the heaviest, though fewer would explain the variance
-    missing = k_old - basis.shape[1]
-    if missing > 0:  # the stack has a lower rank (tasks were removed): fill up with old axes
-        old = torch.eye(len(stacked), k_old).to(stacked)  # (q, k_old): the old basis, in the frame
-        unused = old - basis @ (basis.T @ old)  # all ⟂ basis; rank >= k_old - basis.shape[1]
-        basis = torch.cat([basis, build_basis(unused, k=missing)], dim=1)
+    if k is None and basis.shape[1] < k_old:
+        # Then the k_old heaviest. The stack can have fewer (tasks were removed): a trace of the old
+        # axes, too small to turn a direction that a task uses, fills up.
+        trace = 1e-5 * stacked.norm().clamp_min(1e-100) * torch.eye(len(stacked), k_old).to(stacked)
+        basis = build_basis(torch.cat([stacked, trace], dim=1), k=k_old)
     return basis
 
 def grown_basis(stacked, k_old, variance, k, center):
     """Ours: as `next_basis`, but the old axes stay; what is outside of them adds to them."""
-    old = torch.eye(len(stacked), k_old).to(stacked)  # (q, k_old): the old basis, in the frame
-    outside = stacked - old @ (old.T @ stacked)
-    added = build_basis(outside, variance, k, center)
+    added = build_basis(stacked[k_old:], variance, k, center)  # other rows: inside of the old basis
     room = None if k is None else max(k - k_old, 0)  # k is a cap of old and added together
-    return torch.cat([old, added[:, :room]], dim=1)
+    return torch.block_diag(torch.eye(k_old).to(stacked), added[:, :room])
 
 def merge_side(basis, frame, own, other, widths, counted, stack, choose, variance, k, center):
     """Phase 3 for one side: the next basis (n, k), and all tasks' coefficients [(k, p)].
@@ -299,7 +293,7 @@ class Share:
         self.coefficients = self.coefficients | coefficients
 
     def factors(self, layer, task):
-        """LoRA's B = beta eps_beta (n, p), A = (alpha eps_alpha)^T (p, d), laid out as LoRA's are.
+        """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d).
         None where the task has none. Of a task that is being learned they carry gradients."""
         if task not in self.learned:
             self._check_task(task)
@@ -313,7 +307,7 @@ class Share:
             alpha = torch.cat([alpha, temporary[1].to(alpha)], dim=1)
         # autocast would round B and A, and reuse its cast of a parameter that a step has changed
         with torch.autocast(beta.device.type, enabled=False):
-            return beta @ eps_beta.to(beta.dtype), eps_alpha.to(alpha.dtype).T @ alpha.T
+            return beta @ eps_beta.to(beta.dtype), (alpha @ eps_alpha.to(alpha.dtype)).T
 
     def reconstruct(self, task):
         """The Adapter that the share holds for a task, its extras and config included."""
@@ -607,8 +601,7 @@ class ShareLinear(nn.Linear):
 
     def mixed(self, x, tasks):
         """Each sample's own update of x (b, ..., d): one product with alpha and one with beta."""
-        fits = len(tasks) == len(x)
-        _require(fits, f"{len(tasks)} tasks are selected; the batch has {len(x)} samples")
+        _require(len(tasks) == len(x), f"{len(tasks)} tasks selected; the batch has {len(x)} samples")
         beta, alpha = self.share.bases[self.layer]
         none = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)  # no columns
         held = self.share.coefficients[self.layer]
