@@ -31,9 +31,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-LARGE = 384  # with so many rows and columns, a stack's few main directions are searched for first
-NOISE = 1e-6  # less than this part of the largest counts as rounding; float32's own is 1e-7
-VERSION = "share, version 3"  # of the file
+LARGE = 384  # from so many rows and columns on, build_basis tries few_directions first
+NOISE = 1e-6  # what is below this part of the largest counts as rounding; float32's own is 1e-7
+VERSION = "share, version 3"  # of the file's format; the key of its metadata
 BUSY = "is being learned: learn, add, merge, remove, detach, a mixed batch with it have to wait"
 UNREACHED = "the loss reached no coefficient (no_grad? reentrant checkpoints of frozen inputs?)"
 not_inference = torch.inference_mode(False)  # what is made in inference mode can never be trained
@@ -67,15 +67,17 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     basis = few_directions(X, variance, k) if min(X.shape) >= LARGE else None
     if basis is None:
         basis = all_directions(X, variance, k)
-    outside = (mean - basis @ (basis.T @ mean)) * X.shape[1] ** 0.5  # norm: that of m such columns
-    if centred and outside.norm() > NOISE * stack.norm():  # it is not spanned
+    outside = mean - basis @ (basis.T @ mean)
+    # all m columns contain it: together they have sqrt(m) times its norm, beside that of the stack
+    if centred and outside.norm() * X.shape[1] ** 0.5 > NOISE * stack.norm():
         basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
     return basis.to(stack.dtype).contiguous()
 
 def few_directions(X, variance, k):
     """As `all_directions`, for a large X by a randomised search; None where that may not suffice.
-    It does if (1) q < few: the count was not cut off at the few found, and (2) X X^T U = U S² up to
-    1e-9 S0²: singular vectors. That none heavier was missed is not checked, only likely."""
+    It does if (1) q < few: had the few found explained too little, count_directions would have
+    returned all of them; and (2) X X^T U = U S², to 1e-9 S[0]²: U are singular vectors, not just
+    near them. That no heavier one was missed is not checked, but likely after four iterations."""
     few = max(48, min(X.shape) // 20)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
@@ -87,7 +89,8 @@ def few_directions(X, variance, k):
 def all_directions(X, variance, k):
     """The heaviest left singular vectors (n, q) of X (n, m): k, or enough to explain `variance`.
     By eigh, a third of an SVD's time; squaring leaves 8 of float64's 16 digits, NOISE needs 6."""
-    wide = X.shape[0] <= X.shape[1]  # the smaller of X X^T = U S² U^T and X^T X = V S² V^T
+    # of the smaller Gram matrix: X X^T = U S² U^T if X is wide, else X^T X = V S² V^T
+    wide = X.shape[0] <= X.shape[1]
     squares, vectors = torch.linalg.eigh(X @ X.T if wide else X.T @ X)  # S² and U, or S² and V
     squares, vectors = squares.flip(0), vectors.flip(1)  # the heaviest first
     vectors = vectors[:, : count_directions(squares, squares.sum(), variance, k)]
@@ -97,11 +100,12 @@ def count_directions(squares, energy, variance, k):
     """At most k, or the fewest directions that explain `variance`; never what is only rounding.
     squares: singular values squared, falling, maybe not all of them; energy: the sum of all."""
     if k is None:
-        k = 1 + int((squares.cumsum(0) / energy < variance - 1e-13).sum())  # 1e-13: for rounding
+        # so many sums explain too little, and one more suffices; 1e-13: they can end just below 1
+        k = 1 + int((squares.cumsum(0) / energy < variance - 1e-13).sum())
     return min(k, int((squares > NOISE**2 * squares[:1]).sum()))  # 0 in a stack of zeros
 
 def best_rank(eps_beta, eps_alpha, p):
-    """The best coefficients (kβ, p), (kα, p) of rank p for (kβ, r), (kα, r); None: as they are.
+    """The coefficients (kβ, p), (kα, p) nearest in ΔW to (kβ, r), (kα, r); p None: just those.
     As the bases are orthonormal, nearest in ΔW is nearest in eps_beta eps_alpha^T: a truncated SVD
     (Eckart and Young). At most min(p, kβ, kα, r) columns; with an empty basis min(p, r)."""
     if p is None or 0 in (len(eps_beta), len(eps_alpha)):  # in an empty basis ΔW is 0 anyhow
@@ -136,7 +140,8 @@ def stack_updates(own, other):
     right = stack_padded([factor.double() for factor in other])  # (t, d, r)
     updates = left @ torch.linalg.qr(right, mode="r").R.mT  # (t, n, min(d, r))
     norms = torch.linalg.matrix_norm(updates, keepdim=True)
-    norms = norms.clamp_min(NOISE * norms.max() + 1e-300)  # lesser ones stay below norm 1: rounding
+    # below NOISE of the largest it may be rounding, not to be blown up; 1e-300: all may be 0
+    norms = norms.clamp_min(NOISE * norms.max() + 1e-300)
     return (updates / norms).to(own[0].dtype).transpose(0, 1).flatten(1)  # (n, t min(d, r))
 STACKS = {"factors": stack_factors, "updates": stack_updates}
 
@@ -144,10 +149,10 @@ def project(basis, factor):
     """eps = beta^T B, the coefficients (k, r) of a factor (n, r) in an orthonormal basis (n, k)."""
     return (basis.double().T @ factor.to(basis.device, torch.float64)).to(basis.dtype)
 
-def build_side(own, other, stack, **rule):
+def build_side(own, other, make_stack, **rule):
     """Phase 1 for one side: the basis (n, k), and each task's coefficients [(k, r)].
-    own, other: the factors of this side [(n, r)] and the other. rule: as build_basis takes it."""
-    basis = build_basis(stack(own, other), **rule)
+    own, other: this side's factors [(n, r)] and the other's [(d, r)]. rule: build_basis's."""
+    basis = build_basis(make_stack(own, other), **rule)
     return basis, [project(basis, factor) for factor in own]
 
 def to_frame(basis, eps, factors):
@@ -158,10 +163,11 @@ def to_frame(basis, eps, factors):
     basis = basis.double()
     factors = torch.cat(factors, dim=1).to(basis)
     Q = torch.linalg.qr(torch.cat([basis, factors], dim=1)).Q
-    frame = torch.cat([basis, Q[:, k:]], dim=1)  # not Q: its first k may differ in sign from basis
+    # Q's first k columns span the basis, if with other signs; the others are orthogonal to it
+    frame = torch.cat([basis, Q[:, k:]], dim=1)
     new = frame.T @ factors  # (q, Σr)
-    inside = new[k:].norm(dim=0) < NOISE * new.norm(dim=0)
-    new[k:, inside] = 0  # these columns lie in the basis; what is left over was rounding
+    inside = new[k:].norm(dim=0) < NOISE * new.norm(dim=0)  # columns in the basis, but for rounding
+    new[k:, inside] = 0
     old = torch.cat([basis.new_zeros(k, 0), *eps], dim=1)
     old = nn.functional.pad(old, (0, 0, 0, len(new) - k))  # old tasks have nothing outside
     return frame, torch.cat([old, new], dim=1)
@@ -172,25 +178,28 @@ def next_basis(stacked, k_old, variance, k, center):
     from merge to merge, until only the newest tasks are left."""
     basis = build_basis(stacked, variance, k, center)
     if k is None and basis.shape[1] < k_old:
-        # Then the k_old heaviest. The stack can have fewer (tasks were removed): a trace of the old
-        # axes, too small to turn a direction that a task uses, fills up.
-        trace = 1e-5 * stacked.norm().clamp_min(1e-100) * torch.eye(len(stacked), k_old).to(stacked)
-        basis = build_basis(torch.cat([stacked, trace], dim=1), k=k_old)
+        # Then the k_old heaviest. If the stack has fewer (tasks were removed), old axes fill up:
+        # 1e-5 of its norm is so faint that they hardly turn the others, but NOISE, below which a
+        # direction would not count, is less. 1e-100: the stack may be zero.
+        faint = 1e-5 * stacked.norm().clamp_min(1e-100) * torch.eye(len(stacked), k_old).to(stacked)
+        basis = build_basis(torch.cat([stacked, faint], dim=1), k=k_old)
     return basis
 
 def grown_basis(stacked, k_old, variance, k, center):
-    """Ours: as `next_basis`, but the old axes stay; what is outside of them adds to them."""
-    added = build_basis(stacked[k_old:], variance, k, center)  # other rows: inside of the old basis
-    room = None if k is None else max(k - k_old, 0)  # k is a cap of old and added together
-    return torch.block_diag(torch.eye(k_old).to(stacked), added[:, :room])
+    """Ours: as `next_basis`, but the old axes stay, and what is outside of them adds to them.
+    k: a cap of old and added together; what was there stays if it is more."""
+    added = build_basis(stacked[k_old:], variance, k, center)  # these rows are outside of the old
+    room = None if k is None else max(k - k_old, 0)
+    return torch.block_diag(torch.eye(k_old).to(stacked), added[:, :room])  # the heaviest of added
 
-def merge_side(basis, frame, own, other, widths, counted, stack, choose, variance, k, center):
+def merge_side(basis, frame, own, other, widths, counted, make_stack, choose, variance, k, center):
     """Phase 3 for one side: the next basis (n, k), and all tasks' coefficients [(k, p)].
     As published: (1) rebuild the old tasks' factors, beta eps; (2) stack them with the new ones;
     (3) SVD: the next basis; (4) new coefficients of all, next_basis^T factor. Here the same in the
-    coordinates of `to_frame`: q rows, not n, however many tasks there are. own, other: all tasks
-    (own q, Σp), this side's and the other's. widths: each one's p. counted: which are stacked."""
-    stacked = stack(own.split(widths, dim=1)[counted], other.split(widths, dim=1)[counted])
+    coordinates of `to_frame`: q rows, not n, however many tasks there are. own, other: coordinates
+    (q, Σp) of all tasks' factors on this side and the other; task i has widths[i] columns. counted:
+    which tasks are stacked, a slice. choose: next_basis or grown_basis, with variance, k, center."""
+    stacked = make_stack(own.split(widths, dim=1)[counted], other.split(widths, dim=1)[counted])
     next_in_frame = choose(stacked, basis.shape[1], variance, k, center)  # (q, next k)
     next_eps = (next_in_frame.T @ own).to(basis.dtype)  # (next k, Σp)
     return (frame @ next_in_frame).to(basis.dtype), split_columns(next_eps, widths)
@@ -219,14 +228,14 @@ class Adapter:
 class Share:
     """All layers' bases and all tasks' coefficients, each kept in this one place only.
     bases: {layer: (beta, alpha)}. coefficients: {layer: {task: (eps_beta, eps_alpha)}}. records:
-    {task: {"energy": ‖ΔW‖² as it came in or was trained, "extras", "config"}}. selected: a task,
+    {task: Adapter.record()}, its energy ‖ΔW‖² as the task came in or was trained. selected: a task,
     None, or a tuple with one for each sample. learned: {task: {layer: parameters}}, during `learn`.
     A method that raises ValueError, for what is unknown, out of range or unfit, changes nothing."""
     def __init__(self, variance=0.6, center=True, stack="factors"):
         _check_numbers(variance)
         _require(stack in STACKS, f"stack is {stack!r}; it takes one of {list(STACKS)}")
         self.variance, self.stack = variance, stack
-        self.center = center and stack == "factors"  # updates' columns have arbitrary signs
+        self.center = center and stack == "factors"  # QR leaves the signs of updates open
         self.bases, self.coefficients = {}, {}
         self.records, self.learned = {}, {}
         self.selected = None
@@ -237,13 +246,13 @@ class Share:
     @not_inference
     def from_adapters(cls, adapters, *, variance=0.6, k=None, center=True, stack="factors", p=None):
         """Phase 1: a share of {task: Adapter}, one or more. variance, k, center: see build_basis.
-        stack: "factors" or "updates", see stack_*. p: pseudo-rank, None for each one's own rank."""
+        stack: "factors" or "updates" (not centred), see stack_*. p: pseudo-rank, None: as it is."""
         _check_numbers(p=p)
         share = cls(variance, center, stack)
-        rule = dict(variance=variance, k=k, center=share.center, stack=STACKS[stack])
+        how = {"make_stack": STACKS[stack], "variance": variance, "k": k, "center": share.center}
         for layer, (tasks, lefts, rights) in share._check_adapters(adapters).items():
-            beta, eps_betas = build_side(lefts, rights, **rule)  # of all B (n, r), all A^T (d, r)
-            alpha, eps_alphas = build_side(rights, lefts, **rule)
+            beta, eps_betas = build_side(lefts, rights, **how)  # of all B (n, r), all A^T (d, r)
+            alpha, eps_alphas = build_side(rights, lefts, **how)
             share.bases[layer] = beta, alpha
             pairs = [best_rank(*pair, p) for pair in zip(eps_betas, eps_alphas)]
             share.coefficients[layer] = dict(zip(tasks, pairs))
@@ -258,19 +267,22 @@ class Share:
         _check_numbers(p=p)
         new = sorted(adapter.factors.keys() - self.bases.keys())
         _require(not new, f"task {task!r}, layer {new}: no bases yet; merge() makes them")
-        layers, record = self._check_adapters({task: adapter}), adapter.record()
-        for layer, (_, [B], [A_T]) in layers.items():
+        pairs = {}
+        for layer, (_, [B], [A_T]) in self._check_adapters({task: adapter}).items():
             beta, alpha = self.bases[layer]
-            self.coefficients[layer][task] = best_rank(project(beta, B), project(alpha, A_T), p)
-        self.records[task] = record  # last: until then there is no such task
+            pairs[layer] = best_rank(project(beta, B), project(alpha, A_T), p)
+        self.records[task] = adapter.record()
+        for layer, pair in pairs.items():  # all is computed: nothing can be left half-done
+            self.coefficients[layer][task] = pair
 
     @not_inference
     def merge(self, adapters, *, variance=None, k=None, grow=False):
         """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
-        The bases become the main directions of all tasks' stack, and no smaller than they were;
-        earlier tasks may move. With `grow` (ours) they stay, directions of what the new adapters
-        have outside are added, and earlier tasks keep their ΔW. variance: the part to explain, with
-        grow of what is outside; None: the share's. k: a cap; without grow, bases can shrink."""
+        The bases become the main directions of all tasks' stack, without `k` no smaller than they
+        were; earlier tasks may move. With `grow` (ours) they stay, directions of what the new
+        adapters have outside are added, and earlier tasks keep their ΔW. variance: the part to
+        explain, with grow of what is outside; None: the share's, also if it was made with a k.
+        k: at most so many directions a side; without grow the bases may shrink to it."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         variance = self.variance if variance is None else variance
         _check_numbers(variance, k=k)
@@ -298,11 +310,11 @@ class Share:
         if task not in self.learned:
             self._check_task(task)
         beta, alpha = self.bases[layer]
-        pair = self.learned.get(task, {}).get(layer, self.coefficients[layer].get(task))  # or None
+        pair = self.learned.get(task, {}).get(layer, self.coefficients[layer].get(task))
         if pair is None:
             return None
-        eps_beta, eps_alpha, *temporary = pair  # temporary: [] or columns (n, phi), (d, phi)
-        if temporary:
+        eps_beta, eps_alpha, *temporary = pair
+        if temporary:  # columns (n, phi) and (d, phi); eps_beta has k + phi rows then
             beta = torch.cat([beta, temporary[0].to(beta)], dim=1)
             alpha = torch.cat([alpha, temporary[1].to(alpha)], dim=1)
         # autocast would round B and A, and reuse its cast of a parameter that a step has changed
@@ -327,7 +339,7 @@ class Share:
         self._check_task(task)
         for held in (self.records, *self.coefficients.values()):
             held.pop(task, None)
-        chosen = self.selected if isinstance(self.selected, tuple) else [self.selected]  # or mixed
+        chosen = self.selected if isinstance(self.selected, tuple) else (self.selected,)
         self.selected = None if task in chosen else self.selected
 
     def num_parameters(self, task=None):
@@ -346,8 +358,8 @@ class Share:
         names = (task,) if single else tuple(task)
         for name in set(names) - {None, *self.learned}:
             self._check_task(name)
-        apart = single or self.learned.keys().isdisjoint(names)  # mixed trains no coefficients
-        _require(apart, f"task {list(self.learned)} {BUSY}")
+        stored = single or self.learned.keys().isdisjoint(names)  # a mixed batch needs stored ones
+        _require(stored, f"task {list(self.learned)} {BUSY}")
         self.selected = task if single else names
 
     def attach(self, model):
@@ -364,7 +376,7 @@ class Share:
         for linear, layer in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share, linear.layer = self, layer
-            linear.no_shortcut = linear.register_forward_pre_hook(no_shortcut)
+            linear.hook = linear.register_forward_pre_hook(no_shortcut)
             self._move(layer, linear.weight.device)
         return model
 
@@ -375,14 +387,14 @@ class Share:
         folded = Adapter({}) if task is None else self.reconstruct(task)
         attached = self._attached(model, folded.factors)
         _require(attached, "the model has no layer of this share; attach(model) comes first")
-        unfit = [x for x, m in attached.items() if "forward" in vars(m) or m.weight.is_meta]
+        unfit = [name for name, m in attached.items() if "forward" in vars(m) or m.weight.is_meta]
         _require(not unfit, f"layers {unfit}: another forward, or on meta; undo that first")
         for layer, linear in attached.items():
             if layer in folded.factors:  # a new Parameter, as the old one may be tied
                 weight = (linear.weight + folded.delta(layer)).to(linear.weight.dtype)
                 linear.weight = nn.Parameter(weight, linear.weight.requires_grad)
-            linear.no_shortcut.remove()
-            del linear.share, linear.layer, linear.no_shortcut
+            linear.hook.remove()
+            del linear.share, linear.layer, linear.hook
             linear.__class__ = nn.Linear
         return model
 
@@ -394,12 +406,13 @@ class Share:
             share.select("three")
         In the block the task is selected, and its coefficients, nn.Parameters on the layers of
         `model`, are all that requires gradients, but for `extra`: tensors to train along, such as a
-        head. Afterwards requires_grad, .grad, selection and buffers (all tasks share BatchNorm's
-        statistics) are as before; after an exception or Ctrl-C the share and `extra` as well.
-        p: pseudo-rank. sigma: coefficients start as N(0, sigma²) on both sides, since with both at
-        zero every gradient is zero. phi: temporary columns a side, fewer than the largest basis has
-        (the paper's bound), trained too; then the block ends in `merge`: at the share's variance,
-        or with `grow`, at variance 1. finetune: train an existing task on; p, sigma are its own."""
+        head; they stay the caller's. Afterwards requires_grad, .grad, selection and buffers (all
+        tasks share BatchNorm's statistics) are as before; after an exception or Ctrl-C the share
+        and `extra` as well. p: pseudo-rank. sigma: coefficients start as N(0, sigma²) on both
+        sides, since with both at zero every gradient is zero. phi: temporary columns a side, fewer
+        than the largest basis has (the paper's bound), trained too; then the block ends in `merge`,
+        at the share's variance, or with `grow`, which without phi does nothing, at variance 1.
+        finetune: train an existing task on from where it is; p and sigma play no part."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         attached = self._attached(model, self.layers)
         learned = self._start(task, p, phi, sigma, finetune)
@@ -408,7 +421,7 @@ class Share:
         _require(all(q._base is None for q in extra), "extra holds views, such as rows of a tensor")
         trained = parameters + extra
         start = [tensor.detach().clone() for tensor in trained]
-        before = dict(vars(self))
+        before = dict(vars(self))  # suffices: `_keep` and `merge` make new dicts, they change none
         with frozen(model, extra):  # before the coefficients join the model: they are to be trained
             try:
                 for layer, own in learned.items():
@@ -417,9 +430,10 @@ class Share:
                 yield parameters
                 finite = all(tensor.isfinite().all() for tensor in trained)
                 _require(finite, f"task {task!r}: a trained number is NaN or infinite")
+                # extra moved and no coefficient did: a mistake; nothing moved: no step was taken
                 moved = [not torch.equal(q, old.to(q)) for q, old in zip(trained, start)]
                 only_extra = any(moved) and not any(moved[: len(parameters)])
-                _require(not only_extra, UNREACHED)  # if nothing moved at all, the start is kept
+                _require(not only_extra, UNREACHED)
                 self._keep(task, phi, grow)
             except BaseException:  # Ctrl-C is one
                 vars(self).update(before)
@@ -440,13 +454,12 @@ class Share:
             held = {name: pairs[task] for name, pairs in self.coefficients.items() if task in pairs}
             return {name: nn.ParameterList(e.clone() for e in pair) for name, pair in held.items()}
         self._check_new_task(task)
-        _check_numbers(p="None" if p is None else p)  # None, which it lets pass, is refused here
+        _check_numbers(p="None" if p is None else p)  # it lets None pass
         _require(sigma > 0, f"sigma is {sigma!r}; it takes a number above 0")
         sizes = [(beta.shape[1], alpha.shape[1]) for beta, alpha in self.bases.values()]
         _require(any(min(pair) > 0 for pair in sizes), "the bases are empty: nothing to learn")
-        largest = max(max(pair) for pair in sizes)
-        fits = type(phi) is int and 0 <= phi < largest
-        _require(fits, f"phi is {phi!r}; it takes 0, or less than {largest}")
+        k = max(max(pair) for pair in sizes)
+        _require(type(phi) is int and 0 <= phi < k, f"phi is {phi!r}; it takes 0, or less than {k}")
         learned = {}
         for layer, bases in self.bases.items():
             eps = [sigma * torch.randn(basis.shape[1] + phi, p).to(basis) for basis in bases]
@@ -470,10 +483,10 @@ class Share:
         """Write everything to one .safetensors file, which appears whole or not at all."""
         tensors, widths = {}, {}
         records = {task: dict(record) for task, record in self.records.items()}
-        for i, (layer, held) in enumerate(self.coefficients.items()):  # all tasks' in one tensor
+        for i, (layer, held) in enumerate(self.coefficients.items()):  # in one tensor: ε_β over ε_α
             beta, alpha = self.bases[layer]
-            none = beta.new_zeros(beta.shape[1] + alpha.shape[1], 0)  # cat takes no empty list
-            eps = torch.cat([none, *map(torch.cat, held.values())], dim=1)  # ε_β over ε_α, (…, Σp)
+            empty = beta.new_zeros(beta.shape[1] + alpha.shape[1], 0)  # cat takes no empty list
+            eps = torch.cat([empty, *map(torch.cat, held.values())], dim=1)  # (kβ + kα, Σp)
             tensors |= {f"{i}.beta": beta, f"{i}.alpha": alpha, f"{i}.eps": eps}
             widths[layer] = {task: pair[0].shape[1] for task, pair in held.items()}
         for j, record in enumerate(records.values()):
@@ -558,8 +571,7 @@ class Share:
                 dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
                 B, A = B.detach().to(dtype), A.detach().to(dtype)
                 _require(B.isfinite().all() and A.isfinite().all(), f"{what} hold NaN or infinity")
-                held = layers.setdefault(layer, ([], [], []))
-                for part, value in zip(held, (task, B, A.T)):
+                for part, value in zip(layers.setdefault(layer, ([], [], [])), (task, B, A.T)):
                     part.append(value)
         return layers
 
@@ -597,18 +609,18 @@ class ShareLinear(nn.Linear):
         if factors is None:
             return out
         B, A = factors  # formed first: a token then costs what a rank-p LoRA costs, for any k
-        return (out + input.to(A.dtype) @ A.T @ B.T).to(out.dtype)  # rounded if in half precision
+        return (out + input.to(A.dtype) @ A.T @ B.T).to(out.dtype)  # float32, then the model's
 
     def mixed(self, x, tasks):
         """Each sample's own update of x (b, ..., d): one product with alpha and one with beta."""
-        _require(len(tasks) == len(x), f"{len(tasks)} tasks selected; the batch has {len(x)} samples")
+        _require(len(tasks) == len(x), f"{len(tasks)} tasks for a batch of {len(x)} samples")
         beta, alpha = self.share.bases[self.layer]
-        none = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)  # no columns
+        empty = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
         held = self.share.coefficients[self.layer]
-        pairs = [held.get(task, none) for task in tasks] or [none]  # an empty batch needs one, too
+        pairs = [held.get(task, empty) for task in tasks] or [empty]  # a batch can be empty as well
         eps_beta = stack_padded([eps for eps, _ in pairs])  # (b, kβ, p)
         eps_alpha = stack_padded([eps for _, eps in pairs])  # (b, kα, p)
-        z = torch.einsum("b...k,bkp->b...p", x.to(alpha.dtype) @ alpha, eps_alpha)  # (b, ..., p)
+        z = torch.einsum("b...a,bap->b...p", x.to(alpha.dtype) @ alpha, eps_alpha)  # (b, ..., p)
         return torch.einsum("b...p,bkp->b...k", z, eps_beta) @ beta.T
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)  # model.to(device) and its like
@@ -617,7 +629,7 @@ class ShareLinear(nn.Linear):
         return self
 
 def no_shortcut(module, inputs):
-    """An empty hook: nn.TransformerEncoderLayer with any hook in it calls its layers, unfused."""
+    """An empty hook: without one, nn.TransformerEncoderLayer may read weights, not call layers."""
 
 @contextlib.contextmanager
 def frozen(model, extra):
@@ -645,7 +657,8 @@ def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1
     loss_fn(model, batch) gives a scalar. lr: Adam's rate. extra_parameters: tensors to train along,
     or groups with rates of their own. on_step(step, loss): called after each; may select a task."""
     groups = [dict(g) if isinstance(g, dict) else {"params": g} for g in extra_parameters]  # copies
-    optimizer = torch.optim.Adam([{"params": []}, *groups], lr=lr)  # Adam takes no empty list
+    # Adam brings them into one form, from which `learn` gets a list; it wants at least one group
+    optimizer = torch.optim.Adam([{"params": []}, *groups], lr=lr)
     extra = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     settings = {"p": p, "phi": phi, "sigma": sigma, "finetune": finetune, "grow": grow}
     losses = []
@@ -660,7 +673,7 @@ def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1
                 loss.backward()
             _require(any(q.grad is not None for q in parameters), f"step {step}: {UNREACHED}")
             optimizer.step()
-            torch.clear_autocast_cache()  # under a caller's autocast it keeps a head's old values
+            torch.clear_autocast_cache()  # else a caller's autocast reuses its cast of a head
             losses.append(loss.item())
             if on_step is not None:
                 on_step(step, losses[-1])

@@ -818,7 +818,7 @@ def test_each_sample_of_a_mixed_batch_gets_its_own_task():
     x = batch(size=6)
     assert torch.equal(*outputs(share, model, x, ([None] * 6, None)))
     assert outputs(share, model, x[:0], [[]])[0].shape == (0, 40)
-    with pytest.raises(ValueError, match="2 tasks selected; the batch has 6 samples"):
+    with pytest.raises(ValueError, match="2 tasks for a batch of 6 samples"):
         outputs(share, model, x, [["a", "b"]])
 
 # --- learn: phase 2 for every training loop
