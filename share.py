@@ -145,15 +145,14 @@ def stack_updates(own, other):
     return (updates / norms).to(own[0].dtype).transpose(0, 1).flatten(1)  # (n, t min(d, r))
 STACKS = {"factors": stack_factors, "updates": stack_updates}
 
-def project(basis, factor):
-    """eps = beta^T B, the coefficients (k, r) of a factor (n, r) in an orthonormal basis (n, k)."""
-    return (basis.double().T @ factor.to(basis.device, torch.float64)).to(basis.dtype)
-
-def build_side(own, other, make_stack, **rule):
-    """Phase 1 for one side: the basis (n, k), and each task's coefficients [(k, r)].
-    own, other: this side's factors [(n, r)] and the other's [(d, r)]. rule: build_basis's."""
-    basis = build_basis(make_stack(own, other), **rule)
-    return basis, [project(basis, factor) for factor in own]
+def project(bases, factors, p):
+    """A task's coefficients eps_beta = beta^T B (kβ, r) and eps_alpha = alpha^T A^T (kα, r), or the
+    best of rank p. bases: orthonormal, (n, kβ) and (d, kα). factors: B (n, r) and A^T (d, r)."""
+    eps_beta, eps_alpha = [
+        (basis.double().T @ factor.to(basis.device, torch.float64)).to(basis.dtype)
+        for basis, factor in zip(bases, factors)
+    ]
+    return best_rank(eps_beta, eps_alpha, p)
 
 def to_frame(basis, eps, factors):
     """For phase 3, one side: an orthonormal frame (n, q) that spans the basis and all factors.
@@ -172,10 +171,16 @@ def to_frame(basis, eps, factors):
     old = nn.functional.pad(old, (0, 0, 0, len(new) - k))  # old tasks have nothing outside
     return frame, torch.cat([old, new], dim=1)
 
-def next_basis(stacked, k_old, variance, k, center):
-    """The next basis (q, k) in a frame whose first k_old axes are the old one: phase 1 once more.
-    Ours: without `k` it is no smaller than the old one. By the variance rule alone it would shrink
-    from merge to merge, until only the newest tasks are left."""
+def next_basis(stacked, k_old, variance, k, center, grow):
+    """The next basis (q, k) in a frame whose first k_old axes are the old one.
+    It is phase 1 once more. Ours: without `k` it is no smaller than the old one. By the variance
+    rule alone it would shrink from merge to merge, until only the newest tasks are left.
+    With `grow` (ours, too) the old axes stay, and what is outside of them adds to them; `k` is then
+    a cap of both together, and what was there stays even if it is more."""
+    if grow:
+        added = build_basis(stacked[k_old:], variance, k, center)  # these rows are outside
+        room = None if k is None else max(k - k_old, 0)  # for the heaviest, which come first
+        return torch.block_diag(torch.eye(k_old).to(stacked), added[:, :room])
     basis = build_basis(stacked, variance, k, center)
     if k is None and basis.shape[1] < k_old:
         # Then the k_old heaviest. If the stack has fewer (tasks were removed), old axes fill up:
@@ -185,22 +190,15 @@ def next_basis(stacked, k_old, variance, k, center):
         basis = build_basis(torch.cat([stacked, faint], dim=1), k=k_old)
     return basis
 
-def grown_basis(stacked, k_old, variance, k, center):
-    """Ours: as `next_basis`, but the old axes stay, and what is outside of them adds to them.
-    k: a cap of old and added together; what was there stays if it is more."""
-    added = build_basis(stacked[k_old:], variance, k, center)  # these rows are outside of the old
-    room = None if k is None else max(k - k_old, 0)
-    return torch.block_diag(torch.eye(k_old).to(stacked), added[:, :room])  # the heaviest of added
-
-def merge_side(basis, frame, own, other, widths, counted, make_stack, choose, variance, k, center):
+def merge_side(basis, frame, own, other, widths, counted, make_stack, rule):
     """Phase 3 for one side: the next basis (n, k), and all tasks' coefficients [(k, p)].
     As published: (1) rebuild the old tasks' factors, beta eps; (2) stack them with the new ones;
     (3) SVD: the next basis; (4) new coefficients of all, next_basis^T factor. Here the same in the
-    coordinates of `to_frame`: q rows, not n, however many tasks there are. own, other: coordinates
-    (q, Σp) of all tasks' factors on this side and the other; task i has widths[i] columns. counted:
-    which tasks are stacked, a slice. choose: next_basis or grown_basis, with variance, k, center."""
+    coordinates of `to_frame`: q rows, not n, however many tasks there are.
+    own, other: coordinates (q, Σp) of all tasks' factors on this side and on the other, of which
+    task i has widths[i] columns. counted: a slice, the tasks to stack. rule: `next_basis`'s."""
     stacked = make_stack(own.split(widths, dim=1)[counted], other.split(widths, dim=1)[counted])
-    next_in_frame = choose(stacked, basis.shape[1], variance, k, center)  # (q, next k)
+    next_in_frame = next_basis(stacked, basis.shape[1], **rule)  # (q, next k)
     next_eps = (next_in_frame.T @ own).to(basis.dtype)  # (next k, Σp)
     return (frame @ next_in_frame).to(basis.dtype), split_columns(next_eps, widths)
 
@@ -249,13 +247,13 @@ class Share:
         stack: "factors" or "updates" (not centred), see stack_*. p: pseudo-rank, None: as it is."""
         _check_numbers(p=p)
         share = cls(variance, center, stack)
-        how = {"make_stack": STACKS[stack], "variance": variance, "k": k, "center": share.center}
-        for layer, (tasks, lefts, rights) in share._check_adapters(adapters).items():
-            beta, eps_betas = build_side(lefts, rights, **how)  # of all B (n, r), all A^T (d, r)
-            alpha, eps_alphas = build_side(rights, lefts, **how)
+        make_stack = STACKS[stack]
+        for layer, new in share._check_adapters(adapters).items():
+            lefts, rights = [B for B, _ in new.values()], [A_T for _, A_T in new.values()]
+            beta = build_basis(make_stack(lefts, rights), variance, k, share.center)
+            alpha = build_basis(make_stack(rights, lefts), variance, k, share.center)
             share.bases[layer] = beta, alpha
-            pairs = [best_rank(*pair, p) for pair in zip(eps_betas, eps_alphas)]
-            share.coefficients[layer] = dict(zip(tasks, pairs))
+            share.coefficients[layer] = {t: project((beta, alpha), new[t], p) for t in new}
         share.records = {task: adapter.record() for task, adapter in adapters.items()}
         return share
 
@@ -267,10 +265,8 @@ class Share:
         _check_numbers(p=p)
         new = sorted(adapter.factors.keys() - self.bases.keys())
         _require(not new, f"task {task!r}, layer {new}: no bases yet; merge() makes them")
-        pairs = {}
-        for layer, (_, [B], [A_T]) in self._check_adapters({task: adapter}).items():
-            beta, alpha = self.bases[layer]
-            pairs[layer] = best_rank(project(beta, B), project(alpha, A_T), p)
+        checked = self._check_adapters({task: adapter})
+        pairs = {layer: project(self.bases[layer], new[task], p) for layer, new in checked.items()}
         self.records[task] = adapter.record()
         for layer, pair in pairs.items():  # all is computed: nothing can be left half-done
             self.coefficients[layer][task] = pair
@@ -286,20 +282,22 @@ class Share:
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         variance = self.variance if variance is None else variance
         _check_numbers(variance, k=k)
-        choose = grown_basis if grow else next_basis
+        make_stack = STACKS[self.stack]
+        rule = {"variance": variance, "k": k, "center": self.center, "grow": grow}
         bases, coefficients = {}, {}
-        for layer, (tasks, lefts, rights) in self._check_adapters(adapters).items():
+        for layer, new in self._check_adapters(adapters).items():
+            lefts, rights = [B for B, _ in new.values()], [A_T for _, A_T in new.values()]
             beta, alpha = self.bases.get(layer, (lefts[0][:, :0], rights[0][:, :0]))  # new: empty
             old = self.coefficients.get(layer, {})
             left_frame, left = to_frame(beta, [pair[0] for pair in old.values()], lefts)
             right_frame, right = to_frame(alpha, [pair[1] for pair in old.values()], rights)
-            widths = [pair[0].shape[1] for pair in old.values()] + [B.shape[1] for B in lefts]
+            widths = [pair[0].shape[1] for pair in (*old.values(), *new.values())]
             counted = slice(len(old) if grow else 0, None)  # growing looks at the new tasks alone
-            how = (widths, counted, STACKS[self.stack], choose, variance, k, self.center)
-            next_beta, eps_betas = merge_side(beta, left_frame, left, right, *how)
-            next_alpha, eps_alphas = merge_side(alpha, right_frame, right, left, *how)
+            how = {"widths": widths, "counted": counted, "make_stack": make_stack, "rule": rule}
+            next_beta, eps_betas = merge_side(beta, left_frame, left, right, **how)
+            next_alpha, eps_alphas = merge_side(alpha, right_frame, right, left, **how)
             bases[layer] = next_beta, next_alpha
-            coefficients[layer] = dict(zip([*old, *tasks], zip(eps_betas, eps_alphas)))
+            coefficients[layer] = dict(zip([*old, *new], zip(eps_betas, eps_alphas)))
         self.records = self.records | {t: adapter.record() for t, adapter in adapters.items()}
         self.bases = self.bases | bases
         self.coefficients = self.coefficients | coefficients
@@ -369,8 +367,12 @@ class Share:
         attached = self._attached(model)
         linears = {}
         for layer in [layer for layer in self.layers if layer not in attached]:
-            linear = modules.get(layer)
-            self._check_linear(layer, linear)
+            linear, shape = modules.get(layer), tuple(len(basis) for basis in self.bases[layer])
+            plain = type(linear) is nn.Linear and isinstance(linear.weight, nn.Parameter)
+            plain = plain and "forward" not in vars(linear) and not linear.weight.is_meta
+            what = f"layer {layer!r} is {linear or 'missing'}"
+            _require(plain, f"{what}; it takes a plain nn.Linear with its own forward, not on meta")
+            _require(linear.weight.shape == shape, f"{what}; its bases take {shape}")
             _require(linear not in linears, f"layer {layer!r} has a second name in the share")
             linears[linear] = layer
         for linear, layer in linears.items():
@@ -539,13 +541,6 @@ class Share:
         for task, pair in self.coefficients[layer].items():
             self.coefficients[layer][task] = tuple(eps.to(device) for eps in pair)
 
-    def _check_linear(self, layer, linear):
-        shape = tuple(len(basis) for basis in self.bases[layer])
-        plain = type(linear) is nn.Linear and isinstance(linear.weight, nn.Parameter)
-        plain = plain and "forward" not in vars(linear) and not linear.weight.is_meta
-        what = f"layer {layer!r} is {linear or 'missing'}"
-        _require(plain, f"{what}; it takes a plain nn.Linear, with its own forward, not on meta")
-        _require(linear.weight.shape == shape, f"{what}; its bases take {shape}")
     def _check_task(self, task):
         if task not in self.records:
             raise ValueError(f"task {task!r} is unknown; the share has {self.tasks}")
@@ -554,7 +549,7 @@ class Share:
         _require(fits, f"task {task!r} exists, or is no string; it takes a new name")
 
     def _check_adapters(self, adapters):
-        """{task: Adapter}, all checked, by layer: {layer: ([task], [B (n, r)], [A^T (d, r)])}."""
+        """{task: Adapter}, all checked, by layer: {layer: {task: (B (n, r), A^T (d, r))}}."""
         _require(adapters, "adapters is empty; it takes one or more")
         shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
         layers = {}
@@ -571,8 +566,7 @@ class Share:
                 dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
                 B, A = B.detach().to(dtype), A.detach().to(dtype)
                 _require(B.isfinite().all() and A.isfinite().all(), f"{what} hold NaN or infinity")
-                for part, value in zip(layers.setdefault(layer, ([], [], [])), (task, B, A.T)):
-                    part.append(value)
+                layers.setdefault(layer, {})[task] = B, A.T
         return layers
 
 def from_set(value):
