@@ -190,16 +190,15 @@ def next_basis(stacked, k_old, variance, k, center, grow):
         basis = build_basis(torch.cat([stacked, faint], dim=1), k=k_old)
     return basis
 
-def merge_side(basis, frame, own, other, widths, counted, make_stack, rule):
+def merge_side(basis, frame, coordinates, widths, stacked, **rule):
     """Phase 3 for one side: the next basis (n, k), and all tasks' coefficients [(k, p)].
     As published: (1) rebuild the old tasks' factors, beta eps; (2) stack them with the new ones;
     (3) SVD: the next basis; (4) new coefficients of all, next_basis^T factor. Here the same in the
     coordinates of `to_frame`: q rows, not n, however many tasks there are.
-    own, other: coordinates (q, Σp) of all tasks' factors on this side and on the other, of which
-    task i has widths[i] columns. counted: a slice, the tasks to stack. rule: `next_basis`'s."""
-    stacked = make_stack(own.split(widths, dim=1)[counted], other.split(widths, dim=1)[counted])
+    coordinates: (q, Σp), of all tasks' factors, task i's in widths[i] columns. stacked: (q, m), of
+    those whose directions count. rule: `next_basis`'s."""
     next_in_frame = next_basis(stacked, basis.shape[1], **rule)  # (q, next k)
-    next_eps = (next_in_frame.T @ own).to(basis.dtype)  # (next k, Σp)
+    next_eps = (next_in_frame.T @ coordinates).to(basis.dtype)  # (next k, Σp)
     return (frame @ next_in_frame).to(basis.dtype), split_columns(next_eps, widths)
 
 @dataclass
@@ -247,11 +246,10 @@ class Share:
         stack: "factors" or "updates" (not centred), see stack_*. p: pseudo-rank, None: as it is."""
         _check_numbers(p=p)
         share = cls(variance, center, stack)
-        make_stack = STACKS[stack]
         for layer, new in share._check_adapters(adapters).items():
             lefts, rights = [B for B, _ in new.values()], [A_T for _, A_T in new.values()]
-            beta = build_basis(make_stack(lefts, rights), variance, k, share.center)
-            alpha = build_basis(make_stack(rights, lefts), variance, k, share.center)
+            beta = build_basis(STACKS[stack](lefts, rights), variance, k, share.center)
+            alpha = build_basis(STACKS[stack](rights, lefts), variance, k, share.center)
             share.bases[layer] = beta, alpha
             share.coefficients[layer] = {t: project((beta, alpha), new[t], p) for t in new}
         share.records = {task: adapter.record() for task, adapter in adapters.items()}
@@ -282,20 +280,22 @@ class Share:
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         variance = self.variance if variance is None else variance
         _check_numbers(variance, k=k)
-        make_stack = STACKS[self.stack]
         rule = {"variance": variance, "k": k, "center": self.center, "grow": grow}
         bases, coefficients = {}, {}
         for layer, new in self._check_adapters(adapters).items():
             lefts, rights = [B for B, _ in new.values()], [A_T for _, A_T in new.values()]
             beta, alpha = self.bases.get(layer, (lefts[0][:, :0], rights[0][:, :0]))  # new: empty
             old = self.coefficients.get(layer, {})
-            left_frame, left = to_frame(beta, [pair[0] for pair in old.values()], lefts)
-            right_frame, right = to_frame(alpha, [pair[1] for pair in old.values()], rights)
+            frame_b, left = to_frame(beta, [pair[0] for pair in old.values()], lefts)
+            frame_a, right = to_frame(alpha, [pair[1] for pair in old.values()], rights)
             widths = [pair[0].shape[1] for pair in (*old.values(), *new.values())]
             counted = slice(len(old) if grow else 0, None)  # growing looks at the new tasks alone
-            how = {"widths": widths, "counted": counted, "make_stack": make_stack, "rule": rule}
-            next_beta, eps_betas = merge_side(beta, left_frame, left, right, **how)
-            next_alpha, eps_alphas = merge_side(alpha, right_frame, right, left, **how)
+            left_parts = left.split(widths, dim=1)[counted]
+            right_parts = right.split(widths, dim=1)[counted]
+            left_stack = STACKS[self.stack](left_parts, right_parts)
+            right_stack = STACKS[self.stack](right_parts, left_parts)
+            next_beta, eps_betas = merge_side(beta, frame_b, left, widths, left_stack, **rule)
+            next_alpha, eps_alphas = merge_side(alpha, frame_a, right, widths, right_stack, **rule)
             bases[layer] = next_beta, next_alpha
             coefficients[layer] = dict(zip([*old, *new], zip(eps_betas, eps_alphas)))
         self.records = self.records | {t: adapter.record() for t, adapter in adapters.items()}
