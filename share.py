@@ -303,7 +303,7 @@ class Share:
         self.coefficients = self.coefficients | coefficients
 
     def factors(self, layer, task):
-        """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d).
+        """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d), laid out as LoRA's.
         None where the task has none. Of a task that is being learned they carry gradients."""
         if task not in self.learned:
             self._check_task(task)
@@ -317,7 +317,7 @@ class Share:
             alpha = torch.cat([alpha, temporary[1].to(alpha)], dim=1)
         # autocast would round B and A, and reuse its cast of a parameter that a step has changed
         with torch.autocast(beta.device.type, enabled=False):
-            return beta @ eps_beta.to(beta.dtype), (alpha @ eps_alpha.to(alpha.dtype)).T
+            return beta @ eps_beta.to(beta.dtype), eps_alpha.to(alpha.dtype).T @ alpha.T
 
     def reconstruct(self, task):
         """The Adapter that the share holds for a task, its extras and config included."""
@@ -327,7 +327,7 @@ class Share:
         return Adapter(factors, record["extras"], record["config"])
 
     def retained(self):
-        """{task: ‖ΔW‖² as held now, as a part of what came in}, about 0 … 1, over all layers."""
+        """{task: its ‖ΔW‖² now, of all layers, over what came in or was trained}, about 0 … 1."""
         held = {task: self.reconstruct(task).energy() for task in self.tasks}
         return {t: held[t] / r["energy"] if r["energy"] else 1.0 for t, r in self.records.items()}
 
@@ -482,7 +482,7 @@ class Share:
             self.coefficients[layer][task] = tuple(pair)
 
     def save(self, path):
-        """Write everything to one .safetensors file, which appears whole or not at all."""
+        """Write all but the selection to one .safetensors file, which appears whole or not at all."""
         tensors, widths = {}, {}
         records = {task: dict(record) for task, record in self.records.items()}
         for i, (layer, held) in enumerate(self.coefficients.items()):  # in one tensor: ε_β over ε_α
