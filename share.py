@@ -482,7 +482,7 @@ class Share:
             self.coefficients[layer][task] = tuple(pair)
 
     def save(self, path):
-        """Write all but the selection to one .safetensors file, which appears whole or not at all."""
+        """All but the selection, in one .safetensors file, which appears whole or not at all."""
         tensors, widths = {}, {}
         records = {task: dict(record) for task, record in self.records.items()}
         for i, (layer, held) in enumerate(self.coefficients.items()):  # in one tensor: ε_β over ε_α
