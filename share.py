@@ -31,12 +31,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-LARGE = 384  # from so many rows and columns on, build_basis tries few_directions first
-NOISE = 1e-6  # what is below this part of the largest counts as rounding; float32's own is 1e-7
+LARGE = 384  # if neither side of a stack is below it, build_basis tries few_directions first
+NOISE = 1e-6  # beside the largest: less counts as rounding (float32's own is about 1e-7)
 VERSION = "share, version 3"  # of the file's format; the key of its metadata
 BUSY = "is being learned: learn, add, merge, remove, detach, a mixed batch with it have to wait"
 UNREACHED = "the loss reached no coefficient (no_grad? reentrant checkpoints of frozen inputs?)"
-not_inference = torch.inference_mode(False)  # what is made in inference mode can never be trained
+not_inference = torch.inference_mode(False)  # a decorator: inference tensors can never be trained
 
 def _require(holds, message):
     if not holds:
@@ -58,7 +58,7 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     _check_numbers(variance, k=k)
     fits = stack.dim() == 2 and stack.shape[1] > 0 and stack.isfinite().all()
     _require(fits, f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite values")
-    stack = stack.to(torch.promote_types(stack.dtype, torch.float32))  # half's norm overflows
+    stack = stack.to(torch.promote_types(stack.dtype, torch.float32))  # its norm overflows in half
     X = stack.to(torch.float64, copy=True)
     mean = X.mean(dim=1, keepdim=True)
     centred = center and k is None
@@ -68,16 +68,16 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     if basis is None:
         basis = all_directions(X, variance, k)
     outside = mean - basis @ (basis.T @ mean)
-    # all m columns contain it: together they have sqrt(m) times its norm, beside that of the stack
+    # it counts in all m columns: sqrt(m) times its norm is its part of the stack's norm
     if centred and outside.norm() * X.shape[1] ** 0.5 > NOISE * stack.norm():
         basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
     return basis.to(stack.dtype).contiguous()
 
 def few_directions(X, variance, k):
     """As `all_directions`, for a large X by a randomised search; None where that may not suffice.
-    It does if (1) q < few: had the few found explained too little, count_directions would have
-    returned all of them; and (2) X X^T U = U S², to 1e-9 S[0]²: U are singular vectors, not just
-    near them. That no heavier one was missed is not checked, but likely after four iterations."""
+    It does if (1) q < few: where the few explain too little, or k >= few, count_directions keeps
+    all few; and (2) X X^T U = U S², to 1e-9 S[0]²: U are singular vectors, not just near them.
+    Not checked: that no heavier one was missed; after four iterations that is most unlikely."""
     few = max(48, min(X.shape) // 20)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
@@ -88,21 +88,21 @@ def few_directions(X, variance, k):
 
 def all_directions(X, variance, k):
     """The heaviest left singular vectors (n, q) of X (n, m): k, or enough to explain `variance`.
-    By eigh, a third of an SVD's time; squaring leaves 8 of float64's 16 digits, NOISE needs 6."""
+    By eigh, faster than an SVD; squaring leaves 8 of float64's 16 digits, NOISE needs 6."""
     # of the smaller Gram matrix: X X^T = U S² U^T if X is wide, else X^T X = V S² V^T
     wide = X.shape[0] <= X.shape[1]
     squares, vectors = torch.linalg.eigh(X @ X.T if wide else X.T @ X)  # S² and U, or S² and V
     squares, vectors = squares.flip(0), vectors.flip(1)  # the heaviest first
     vectors = vectors[:, : count_directions(squares, squares.sum(), variance, k)]
-    return vectors if wide else torch.linalg.qr(X @ vectors).Q  # X V = U S; QR scales it to U
+    return vectors if wide else torch.linalg.qr(X @ vectors).Q  # X V = U S; Q is U, up to signs
 
 def count_directions(squares, energy, variance, k):
     """At most k, or the fewest directions that explain `variance`; never what is only rounding.
     squares: singular values squared, falling, maybe not all of them; energy: the sum of all."""
     if k is None:
-        # so many sums explain too little, and one more suffices; 1e-13: they can end just below 1
+        # the sums that are below `variance`, and one more; 1e-13: the last may round to below 1
         k = 1 + int((squares.cumsum(0) / energy < variance - 1e-13).sum())
-    return min(k, int((squares > NOISE**2 * squares[:1]).sum()))  # 0 in a stack of zeros
+    return min(k, int((squares > NOISE**2 * squares[:1]).sum()))  # 0 if X is 0 or has no rows
 
 def best_rank(eps_beta, eps_alpha, p):
     """The coefficients (kβ, p), (kα, p) nearest in ΔW to (kβ, r), (kα, r); p None: just those.
@@ -134,8 +134,8 @@ def stack_factors(own, other):  # other: only stack_updates needs it
 
 def stack_updates(own, other):
     """Ours: for each ΔW = own other^T, scaled to norm 1, a thin X with X X^T = ΔW ΔW^T.
-    own: [(n, r)]; other: [(d, r)]. Neither a task's size plays a part nor how ΔW is split into B
-    and A. With other = Q R, ΔW = (own R^T) Q^T, so that X = own R^T will do, as Q^T Q = 1."""
+    own: [(n, r)]; other: [(d, r)]; on A's side ΔW^T. Neither a task's size plays a part nor how ΔW
+    is split. With other = Q R, X = own R^T will do: X X^T = own R^T Q^T Q R own^T, as Q^T Q = 1."""
     left = stack_padded([factor.double() for factor in own])  # (t, n, r)
     right = stack_padded([factor.double() for factor in other])  # (t, d, r)
     updates = left @ torch.linalg.qr(right, mode="r").R.mT  # (t, n, min(d, r))
@@ -166,26 +166,26 @@ def to_frame(basis, eps, factors):
     frame = torch.cat([basis, Q[:, k:]], dim=1)
     new = frame.T @ factors  # (q, Σr)
     inside = new[k:].norm(dim=0) < NOISE * new.norm(dim=0)  # columns in the basis, but for rounding
-    new[k:, inside] = 0
+    new[k:, inside] = 0  # or `grow`, which looks at these rows by themselves, would take it for new
     old = torch.cat([basis.new_zeros(k, 0), *eps], dim=1)
-    old = nn.functional.pad(old, (0, 0, 0, len(new) - k))  # old tasks have nothing outside
+    old = nn.functional.pad(old, (0, 0, 0, len(new) - k))
     return frame, torch.cat([old, new], dim=1)
 
 def next_basis(stacked, k_old, variance, k, center, grow):
     """The next basis (q, k) in a frame whose first k_old axes are the old one.
     It is phase 1 once more. Ours: without `k` it is no smaller than the old one. By the variance
-    rule alone it would shrink from merge to merge, until only the newest tasks are left.
+    rule alone it could shrink from merge to merge, until only the newest tasks are left.
     With `grow` (ours, too) the old axes stay, and what is outside of them adds to them; `k` is then
     a cap of both together, and what was there stays even if it is more."""
     if grow:
         added = build_basis(stacked[k_old:], variance, k, center)  # these rows are outside
-        room = None if k is None else max(k - k_old, 0)  # for the heaviest, which come first
+        room = None if k is None else max(k - k_old, 0)  # with k, the heaviest come first
         return torch.block_diag(torch.eye(k_old).to(stacked), added[:, :room])
     basis = build_basis(stacked, variance, k, center)
     if k is None and basis.shape[1] < k_old:
-        # Then the k_old heaviest. If the stack has fewer (tasks were removed), old axes fill up:
-        # 1e-5 of its norm is so faint that they hardly turn the others, but NOISE, below which a
-        # direction would not count, is less. 1e-100: the stack may be zero.
+        # Then the k_old heaviest. The stack may have fewer (tasks were removed): old axes fill up,
+        # weighing 1e-5 of its norm: too faint to turn heavy directions, yet above NOISE, so that
+        # they count. 1e-100: the stack may be zero.
         faint = 1e-5 * stacked.norm().clamp_min(1e-100) * torch.eye(len(stacked), k_old).to(stacked)
         basis = build_basis(torch.cat([stacked, faint], dim=1), k=k_old)
     return basis
@@ -195,8 +195,8 @@ def merge_side(basis, frame, coordinates, widths, stacked, **rule):
     As published: (1) rebuild the old tasks' factors, beta eps; (2) stack them with the new ones;
     (3) SVD: the next basis; (4) new coefficients of all, next_basis^T factor. Here the same in the
     coordinates of `to_frame`: q rows, not n, however many tasks there are.
-    coordinates: (q, Σp), of all tasks' factors, task i's in widths[i] columns. stacked: (q, m), of
-    those whose directions count. rule: `next_basis`'s."""
+    coordinates: (q, Σp), of all tasks' factors, task i's in widths[i] columns. stacked: (q, m), the
+    stack to take directions from (with grow, of the new tasks alone). rule: `next_basis`'s."""
     next_in_frame = next_basis(stacked, basis.shape[1], **rule)  # (q, next k)
     next_eps = (next_in_frame.T @ coordinates).to(basis.dtype)  # (next k, Σp)
     return (frame @ next_in_frame).to(basis.dtype), split_columns(next_eps, widths)
@@ -227,12 +227,12 @@ class Share:
     bases: {layer: (beta, alpha)}. coefficients: {layer: {task: (eps_beta, eps_alpha)}}. records:
     {task: Adapter.record()}, its energy ‖ΔW‖² as the task came in or was trained. selected: a task,
     None, or a tuple with one for each sample. learned: {task: {layer: parameters}}, during `learn`.
-    A method that raises ValueError, for what is unknown, out of range or unfit, changes nothing."""
+    A method that raises ValueError (a name unknown, a number out of range) changes nothing."""
     def __init__(self, variance=0.6, center=True, stack="factors"):
         _check_numbers(variance)
         _require(stack in STACKS, f"stack is {stack!r}; it takes one of {list(STACKS)}")
         self.variance, self.stack = variance, stack
-        self.center = center and stack == "factors"  # QR leaves the signs of updates open
+        self.center = center and stack == "factors"  # updates have no fixed sign, so no mean
         self.bases, self.coefficients = {}, {}
         self.records, self.learned = {}, {}
         self.selected = None
@@ -261,8 +261,8 @@ class Share:
         What lies outside is lost (`retained` tells how much); `merge` would take it in."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         _check_numbers(p=p)
-        new = sorted(adapter.factors.keys() - self.bases.keys())
-        _require(not new, f"task {task!r}, layer {new}: no bases yet; merge() makes them")
+        unknown = sorted(adapter.factors.keys() - self.bases.keys())
+        _require(not unknown, f"task {task!r}, layer {unknown}: no bases yet; merge() makes them")
         checked = self._check_adapters({task: adapter})
         pairs = {layer: project(self.bases[layer], new[task], p) for layer, new in checked.items()}
         self.records[task] = adapter.record()
@@ -273,9 +273,9 @@ class Share:
     def merge(self, adapters, *, variance=None, k=None, grow=False):
         """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
         The bases become the main directions of all tasks' stack, without `k` no smaller than they
-        were; earlier tasks may move. With `grow` (ours) they stay, directions of what the new
-        adapters have outside are added, and earlier tasks keep their ΔW. variance: the part to
-        explain, with grow of what is outside; None: the share's, also if it was made with a k.
+        were; earlier tasks may move. With `grow` (ours) they stay, earlier tasks' ΔW as well, and
+        what the new adapters have outside adds directions. variance: the part to explain (with
+        grow, of what is outside); None: the share's, even if it was made with a k.
         k: at most so many directions a side; without grow the bases may shrink to it."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         variance = self.variance if variance is None else variance
@@ -315,7 +315,7 @@ class Share:
         if temporary:  # columns (n, phi) and (d, phi); eps_beta has k + phi rows then
             beta = torch.cat([beta, temporary[0].to(beta)], dim=1)
             alpha = torch.cat([alpha, temporary[1].to(alpha)], dim=1)
-        # autocast would round B and A, and reuse its cast of a parameter that a step has changed
+        # autocast would round B and A, and go on serving a cast that it cached before a step
         with torch.autocast(beta.device.type, enabled=False):
             return beta @ eps_beta.to(beta.dtype), eps_alpha.to(alpha.dtype).T @ alpha.T
 
@@ -356,7 +356,7 @@ class Share:
         names = (task,) if single else tuple(task)
         for name in set(names) - {None, *self.learned}:
             self._check_task(name)
-        stored = single or self.learned.keys().isdisjoint(names)  # a mixed batch needs stored ones
+        stored = single or self.learned.keys().isdisjoint(names)  # `mixed` reads `coefficients`
         _require(stored, f"task {list(self.learned)} {BUSY}")
         self.selected = task if single else names
 
@@ -371,7 +371,7 @@ class Share:
             plain = type(linear) is nn.Linear and isinstance(linear.weight, nn.Parameter)
             plain = plain and "forward" not in vars(linear) and not linear.weight.is_meta
             what = f"layer {layer!r} is {linear or 'missing'}"
-            _require(plain, f"{what}; it takes a plain nn.Linear with its own forward, not on meta")
+            _require(plain, f"{what}; it takes a plain nn.Linear, forward unpatched, not on meta")
             _require(linear.weight.shape == shape, f"{what}; its bases take {shape}")
             _require(linear not in linears, f"layer {layer!r} has a second name in the share")
             linears[linear] = layer
@@ -386,7 +386,7 @@ class Share:
     def detach(self, model, task=None):
         """Make the layers nn.Linear again, a task's ΔW added to the weights if one is named."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
-        folded = Adapter({}) if task is None else self.reconstruct(task)
+        folded = Adapter({}) if task is None else self.reconstruct(task)  # {}: nothing to add
         attached = self._attached(model, folded.factors)
         _require(attached, "the model has no layer of this share; attach(model) comes first")
         unfit = [name for name, m in attached.items() if "forward" in vars(m) or m.weight.is_meta]
@@ -408,22 +408,22 @@ class Share:
             share.select("three")
         In the block the task is selected, and its coefficients, nn.Parameters on the layers of
         `model`, are all that requires gradients, but for `extra`: tensors to train along, such as a
-        head; they stay the caller's. Afterwards requires_grad, .grad, selection and buffers (all
-        tasks share BatchNorm's statistics) are as before; after an exception or Ctrl-C the share
+        head; they stay the caller's. Afterwards requires_grad, .grad, selection and buffers (as
+        BatchNorm's, which all tasks share) are as before; after an exception or Ctrl-C the share
         and `extra` as well. p: pseudo-rank. sigma: coefficients start as N(0, sigma²) on both
         sides, since with both at zero every gradient is zero. phi: temporary columns a side, fewer
-        than the largest basis has (the paper's bound), trained too; then the block ends in `merge`,
-        at the share's variance, or with `grow`, which without phi does nothing, at variance 1.
+        than the largest basis has (the paper's bound), trained too; the block then ends in `merge`,
+        at the share's variance, or growing at 1 with `grow` (which plays no part if phi is 0).
         finetune: train an existing task on from where it is; p and sigma play no part."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         attached = self._attached(model, self.layers)
         learned = self._start(task, p, phi, sigma, finetune)
         parameters = [parameter for own in learned.values() for parameter in own]
         extra = list(extra)
-        _require(all(q._base is None for q in extra), "extra holds views, such as rows of a tensor")
+        _require(all(q._base is None for q in extra), "extra holds views, which no gradient reaches")
         trained = parameters + extra
         start = [tensor.detach().clone() for tensor in trained]
-        before = dict(vars(self))  # suffices: `_keep` and `merge` make new dicts, they change none
+        before = dict(vars(self))  # shallow will do: `_keep` and `merge` replace dicts, edit none
         with frozen(model, extra):  # before the coefficients join the model: they are to be trained
             try:
                 for layer, own in learned.items():
@@ -432,7 +432,7 @@ class Share:
                 yield parameters
                 finite = all(tensor.isfinite().all() for tensor in trained)
                 _require(finite, f"task {task!r}: a trained number is NaN or infinite")
-                # extra moved and no coefficient did: a mistake; nothing moved: no step was taken
+                # only extra moved: a mistake. That nothing moved is none: no step was taken
                 moved = [not torch.equal(q, old.to(q)) for q, old in zip(trained, start)]
                 only_extra = any(moved) and not any(moved[: len(parameters)])
                 _require(not only_extra, UNREACHED)
@@ -456,7 +456,7 @@ class Share:
             held = {name: pairs[task] for name, pairs in self.coefficients.items() if task in pairs}
             return {name: nn.ParameterList(e.clone() for e in pair) for name, pair in held.items()}
         self._check_new_task(task)
-        _check_numbers(p="None" if p is None else p)  # it lets None pass
+        _check_numbers(p="None" if p is None else p)  # None itself would pass
         _require(sigma > 0, f"sigma is {sigma!r}; it takes a number above 0")
         sizes = [(beta.shape[1], alpha.shape[1]) for beta, alpha in self.bases.values()]
         _require(any(min(pair) > 0 for pair in sizes), "the bases are empty: nothing to learn")
@@ -485,10 +485,10 @@ class Share:
         """All but the selection, in one .safetensors file, which appears whole or not at all."""
         tensors, widths = {}, {}
         records = {task: dict(record) for task, record in self.records.items()}
-        for i, (layer, held) in enumerate(self.coefficients.items()):  # in one tensor: ε_β over ε_α
+        for i, (layer, held) in enumerate(self.coefficients.items()):
             beta, alpha = self.bases[layer]
-            empty = beta.new_zeros(beta.shape[1] + alpha.shape[1], 0)  # cat takes no empty list
-            eps = torch.cat([empty, *map(torch.cat, held.values())], dim=1)  # (kβ + kα, Σp)
+            empty = beta.new_zeros(beta.shape[1] + alpha.shape[1], 0)  # if no task has the layer
+            eps = torch.cat([empty, *map(torch.cat, held.values())], dim=1)  # ε_β over ε_α, all p
             tensors |= {f"{i}.beta": beta, f"{i}.alpha": alpha, f"{i}.eps": eps}
             widths[layer] = {task: pair[0].shape[1] for task, pair in held.items()}
         for j, record in enumerate(records.values()):
@@ -562,7 +562,7 @@ class Share:
                 n_d = shapes.setdefault(layer, shape)  # a new layer's: its first adapter's
                 fits = shape == n_d and B.dim() == A.dim() == 2 and B.shape[1] == len(A) > 0
                 _require(fits, f"{what}; it takes (n, r) and (r, d), here with (n, d) = {n_d}")
-                _require(B.is_floating_point() and A.is_floating_point(), f"{what} are not real")
+                _require(B.is_floating_point() and A.is_floating_point(), f"{what} are not floats")
                 dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
                 B, A = B.detach().to(dtype), A.detach().to(dtype)
                 _require(B.isfinite().all() and A.isfinite().all(), f"{what} hold NaN or infinity")
@@ -603,7 +603,7 @@ class ShareLinear(nn.Linear):
         if factors is None:
             return out
         B, A = factors  # formed first: a token then costs what a rank-p LoRA costs, for any k
-        return (out + input.to(A.dtype) @ A.T @ B.T).to(out.dtype)  # float32, then the model's
+        return (out + input.to(A.dtype) @ A.T @ B.T).to(out.dtype)  # then the model's dtype
 
     def mixed(self, x, tasks):
         """Each sample's own update of x (b, ..., d): one product with alpha and one with beta."""
@@ -611,10 +611,10 @@ class ShareLinear(nn.Linear):
         beta, alpha = self.share.bases[self.layer]
         empty = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
         held = self.share.coefficients[self.layer]
-        pairs = [held.get(task, empty) for task in tasks] or [empty]  # a batch can be empty as well
+        pairs = [held.get(task, empty) for task in tasks] or [empty]  # 1 broadcasts to a batch of 0
         eps_beta = stack_padded([eps for eps, _ in pairs])  # (b, kβ, p)
         eps_alpha = stack_padded([eps for _, eps in pairs])  # (b, kα, p)
-        z = torch.einsum("b...a,bap->b...p", x.to(alpha.dtype) @ alpha, eps_alpha)  # (b, ..., p)
+        z = torch.einsum("b...k,bkp->b...p", x.to(alpha.dtype) @ alpha, eps_alpha)  # (b, ..., p)
         return torch.einsum("b...p,bkp->b...k", z, eps_beta) @ beta.T
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)  # model.to(device) and its like
@@ -641,7 +641,7 @@ def frozen(model, extra):
             tensor.requires_grad_(requires_grad)
             tensor.grad = None if grad is None else grad.to(tensor)  # the model may have moved
         for name, buffer in model.named_buffers():
-            before = buffers.get(name, buffer).to(buffer)  # what is new in the block stays
+            before = buffers.get(name, buffer).to(buffer)  # one made in the block stays
             if buffer.shape == before.shape and not (buffer.is_meta or buffer.equal(before)):
                 buffer.copy_(before)  # only if it must: a buffer made by expand() cannot be written
 
@@ -651,7 +651,7 @@ def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1
     loss_fn(model, batch) gives a scalar. lr: Adam's rate. extra_parameters: tensors to train along,
     or groups with rates of their own. on_step(step, loss): called after each; may select a task."""
     groups = [dict(g) if isinstance(g, dict) else {"params": g} for g in extra_parameters]  # copies
-    # Adam brings them into one form, from which `learn` gets a list; it wants at least one group
+    # Adam takes one group or more, and turns each one's params into a list: `learn` gets those
     optimizer = torch.optim.Adam([{"params": []}, *groups], lr=lr)
     extra = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     settings = {"p": p, "phi": phi, "sigma": sigma, "finetune": finetune, "grow": grow}
@@ -667,7 +667,7 @@ def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1
                 loss.backward()
             _require(any(q.grad is not None for q in parameters), f"step {step}: {UNREACHED}")
             optimizer.step()
-            torch.clear_autocast_cache()  # else a caller's autocast reuses its cast of a head
+            torch.clear_autocast_cache()  # else autocast around this call serves a head's old cast
             losses.append(loss.item())
             if on_step is not None:
                 on_step(step, losses[-1])

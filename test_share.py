@@ -535,7 +535,7 @@ def test_a_share_made_in_any_context_is_exact_and_can_be_trained(context, loaded
     (lambda B, A: (B, A[:, :-1]), r"\(40, 12\)"), (lambda B, A: (B[:-1], A), r"\(40, 12\)"),
     (lambda B, A: (B[:, :-1], A), "takes"), (lambda B, A: (B[:, :0], A[:0]), "takes"),
     (lambda B, A: (B.fill_diagonal_(INF), A), "or inf"), (lambda B, A: (B, 0 / A.tril()), "NaN"),
-    (lambda B, A: (B, A + 0j), "real"), (lambda B, A: (B.int(), A), "real"),
+    (lambda B, A: (B, A + 0j), "float"), (lambda B, A: (B.int(), A), "float"),
 ])
 def test_an_adapter_that_does_not_fit_is_refused_by_name_and_nothing_changes(change, words):
     share, good = make_share(), make_adapters("c")["c"]
