@@ -420,7 +420,7 @@ class Share:
         learned = self._start(task, p, phi, sigma, finetune)
         parameters = [parameter for own in learned.values() for parameter in own]
         extra = list(extra)
-        _require(all(q._base is None for q in extra), "extra holds views, which no gradient reaches")
+        _require(all(q._base is None for q in extra), "extra holds views, where no gradient goes")
         trained = parameters + extra
         start = [tensor.detach().clone() for tensor in trained]
         before = dict(vars(self))  # shallow will do: `_keep` and `merge` replace dicts, edit none
