@@ -58,8 +58,8 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     _check_numbers(variance, k=k)
     fits = stack.dim() == 2 and stack.shape[1] > 0 and stack.isfinite().all()
     _require(fits, f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite values")
-    stack = stack.to(torch.promote_types(stack.dtype, torch.float32))  # its norm overflows in half
     X = stack.to(torch.float64, copy=True)
+    norm = X.norm()
     mean = X.mean(dim=1, keepdim=True)
     centred = center and k is None
     if centred:
@@ -69,9 +69,9 @@ def build_basis(stack, variance=0.6, k=None, center=True):
         basis = all_directions(X, variance, k)
     outside = mean - basis @ (basis.T @ mean)
     # it counts in all m columns: sqrt(m) times its norm is its part of the stack's norm
-    if centred and outside.norm() * X.shape[1] ** 0.5 > NOISE * stack.norm():
+    if centred and outside.norm() * X.shape[1] ** 0.5 > NOISE * norm:
         basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
-    return basis.to(stack.dtype).contiguous()
+    return basis.to(torch.promote_types(stack.dtype, torch.float32)).contiguous()
 
 def few_directions(X, variance, k):
     """As `all_directions`, for a large X by a randomised search; None where that may not suffice.
@@ -110,12 +110,13 @@ def best_rank(eps_beta, eps_alpha, p):
     (Eckart and Young). At most min(p, kβ, kα, r) columns; with an empty basis min(p, r)."""
     if p is None or 0 in (len(eps_beta), len(eps_alpha)):  # in an empty basis ΔW is 0 anyhow
         return eps_beta[:, :p], eps_alpha[:, :p]
-    p = min(p, eps_beta.shape[1])
-    core = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα); its rank is r at most
-    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    # eps_beta eps_alpha^T = Q_beta (R_beta R_alpha^T) Q_alpha^T, its middle small for any k
+    Q_beta, R_beta = torch.linalg.qr(eps_beta.double())
+    Q_alpha, R_alpha = torch.linalg.qr(eps_alpha.double())
+    U, S, Vh = torch.linalg.svd(R_beta @ R_alpha.T, full_matrices=False)
     root = S[:p].sqrt()  # S is split evenly
-    best = U[:, :p] * root, Vh[:p].T * root
-    return tuple(eps.to(eps_beta.dtype).contiguous() for eps in best)
+    best = Q_beta @ (U[:, :p] * root), Q_alpha @ (Vh[:p].T * root)
+    return tuple(eps.to(eps_beta.dtype) for eps in best)
 
 # --- One side of a layer: phases 1 and 3
 def stack_padded(matrices):
@@ -172,22 +173,22 @@ def to_frame(basis, eps, factors):
     return frame, torch.cat([old, new], dim=1)
 
 def next_basis(stacked, k_old, variance, k, center, grow):
-    """The next basis (q, k) in a frame whose first k_old axes are the old one.
-    It is phase 1 once more. Ours: without `k` it is no smaller than the old one. By the variance
-    rule alone it could shrink from merge to merge, until only the newest tasks are left.
-    With `grow` (ours, too) the old axes stay, and what is outside of them adds to them; `k` is then
-    a cap of both together, and what was there stays even if it is more."""
+    """The next basis (q, k) in a frame whose first k_old axes are the old one: phase 1 once more.
+    Ours: without `k` it is no smaller than the old one. By the variance rule alone it could shrink
+    from merge to merge, until only the newest tasks are left. With `grow` (ours, too) the old axes
+    stay, all of them, and what is outside adds to them; `k` is a cap of both together."""
     if grow:
         added = build_basis(stacked[k_old:], variance, k, center)  # these rows are outside
         room = None if k is None else max(k - k_old, 0)  # with k, the heaviest come first
         return torch.block_diag(torch.eye(k_old).to(stacked), added[:, :room])
     basis = build_basis(stacked, variance, k, center)
     if k is None and basis.shape[1] < k_old:
-        # Then the k_old heaviest. The stack may have fewer (tasks were removed): old axes fill up,
-        # weighing 1e-5 of its norm: too faint to turn heavy directions, yet above NOISE, so that
-        # they count. 1e-100: the stack may be zero.
-        faint = 1e-5 * stacked.norm().clamp_min(1e-100) * torch.eye(len(stacked), k_old).to(stacked)
-        basis = build_basis(torch.cat([stacked, faint], dim=1), k=k_old)
+        basis = build_basis(stacked, k=k_old)  # the heaviest, more than explain the variance
+        missing = k_old - basis.shape[1]
+        if missing > 0:  # the stack has not so many (tasks were removed): old axes fill up
+            old = torch.eye(len(stacked), k_old).to(stacked)
+            unused = old - basis @ (basis.T @ old)  # orthogonal to basis; its rank is >= missing
+            basis = torch.cat([basis, build_basis(unused, k=missing)], dim=1)
     return basis
 
 def merge_side(basis, frame, coordinates, widths, stacked, **rule):
@@ -261,7 +262,7 @@ class Share:
         What lies outside is lost (`retained` tells how much); `merge` would take it in."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         _check_numbers(p=p)
-        unknown = sorted(adapter.factors.keys() - self.bases.keys())
+        unknown = [layer for layer in adapter.factors if layer not in self.bases]
         _require(not unknown, f"task {task!r}, layer {unknown}: no bases yet; merge() makes them")
         checked = self._check_adapters({task: adapter})
         pairs = {layer: project(self.bases[layer], new[task], p) for layer, new in checked.items()}
@@ -276,10 +277,9 @@ class Share:
         were; earlier tasks may move. With `grow` (ours) they stay, earlier tasks' ΔW as well, and
         what the new adapters have outside adds directions. variance: the part to explain (with
         grow, of what is outside); None: the share's, even if it was made with a k.
-        k: at most so many directions a side; without grow the bases may shrink to it."""
+        k: instead, at most so many directions a side; without grow the bases may shrink."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         variance = self.variance if variance is None else variance
-        _check_numbers(variance, k=k)
         rule = {"variance": variance, "k": k, "center": self.center, "grow": grow}
         bases, coefficients = {}, {}
         for layer, new in self._check_adapters(adapters).items():
@@ -430,8 +430,7 @@ class Share:
                     attached[layer].learned = own
                 self.learned, self.selected = {task: learned}, task
                 yield parameters
-                finite = all(tensor.isfinite().all() for tensor in trained)
-                _require(finite, f"task {task!r}: a trained number is NaN or infinite")
+                _require(all(q.isfinite().all() for q in trained), f"task {task!r} is NaN or inf")
                 # only extra moved: a mistake. That nothing moved is none: no step was taken
                 moved = [not torch.equal(q, old.to(q)) for q, old in zip(trained, start)]
                 only_extra = any(moved) and not any(moved[: len(parameters)])
@@ -555,7 +554,8 @@ class Share:
         layers = {}
         for task, adapter in adapters.items():
             self._check_new_task(task)
-            _require(adapter.factors, f"task {task!r} has no LoRA factors")
+            named = adapter.factors and all(isinstance(layer, str) for layer in adapter.factors)
+            _require(named, f"task {task!r}: its layers are {list(adapter.factors)}, not names")
             for layer, (B, A) in adapter.factors.items():
                 what = f"task {task!r}, layer {layer!r}: B {tuple(B.shape)}, A {tuple(A.shape)}"
                 shape = (*B.shape[:1], *A.shape[1:])
@@ -572,7 +572,7 @@ class Share:
 def from_set(value):
     """For json.dumps: a set in a config becomes a sorted list."""
     _require(isinstance(value, set), f"{value!r} in a config has no form in JSON")
-    return sorted(value)
+    return sorted(value, key=str)
 
 def checksum(text, tensors):
     """CRC-32, in hexadecimal, of the text and of all tensors' names, types, shapes and bytes."""
