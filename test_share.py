@@ -93,7 +93,6 @@ def sizes(share):
 def tensors(share):
     held = [pair for tasks in share.coefficients.values() for pair in tasks.values()]
     return [tensor for pair in (*share.bases.values(), *held) for tensor in pair]
-
 def state(share, model=nn.Identity()):
     """Everything that what fails must leave as it was, as plain values."""
     numbers = dict(enumerate(tensors(share))) | model.state_dict()
@@ -840,6 +839,7 @@ def test_in_the_block_the_new_coefficients_alone_are_trained_and_they_are_in_the
         trainable = [q for q in model.parameters() if q.requires_grad]
         assert list(map(id, trainable)) == list(map(id, parameters))
         assert sum(q.numel() for q in trainable) == sum((k + phi) * p + n * phi for n, k in shapes)
+        assert parameters[0].std() < 0.06 and all(q.norm() > 1 for q in parameters[2:4] if phi)
         fit(model, parameters, batch(), steps=1)
         moved = [name for name, t in model.state_dict().items() if not torch.equal(t, start[name])]
         assert len(moved) == len(parameters) and moved == [x for x in start if x not in before[0]]
