@@ -35,7 +35,7 @@ LARGE = 384  # if neither side of a stack is below it, build_basis tries few_dir
 NOISE = 1e-6  # beside the largest: less counts as rounding (float32's own is about 1e-7)
 VERSION = "share, version 3"  # of the file's format; the key of its metadata
 BUSY = "is being learned: learn, add, merge, remove, detach, a mixed batch with it have to wait"
-UNREACHED = "the loss reached no coefficient (no_grad? reentrant checkpoints of frozen inputs?)"
+UNREACHED = "the loss reached no coefficient (no_grad? reentrant checkpoints?), or no step did"
 not_inference = torch.inference_mode(False)  # a decorator: inference tensors can never be trained
 
 def _require(holds, message):
@@ -68,16 +68,16 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     if basis is None:
         basis = all_directions(X, variance, k)
     outside = mean - basis @ (basis.T @ mean)
-    # it counts in all m columns: sqrt(m) times its norm is its part of the stack's norm
+    # `outside` is in all m columns: sqrt(m) times its norm is its part of the stack's norm
     if centred and outside.norm() * X.shape[1] ** 0.5 > NOISE * norm:
         basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
     return basis.to(torch.promote_types(stack.dtype, torch.float32)).contiguous()
 
 def few_directions(X, variance, k):
     """As `all_directions`, for a large X by a randomised search; None where that may not suffice.
-    It does if (1) q < few: where the few explain too little, or k >= few, count_directions keeps
-    all few; and (2) X X^T U = U S², to 1e-9 S[0]²: U are singular vectors, not just near them.
-    Not checked: that no heavier one was missed; after four iterations that is most unlikely."""
+    It does if (1) q < few: if `few` are not enough (too little explained, or k >= few), q is few;
+    and (2) X X^T U = U S², to 1e-9 S[0]²: the search has converged. Not checked: that no heavier
+    direction was missed; after four iterations that is most unlikely."""
     few = max(48, min(X.shape) // 20)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
@@ -100,12 +100,12 @@ def count_directions(squares, energy, variance, k):
     """At most k, or the fewest directions that explain `variance`; never what is only rounding.
     squares: singular values squared, falling, maybe not all of them; energy: the sum of all."""
     if k is None:
-        # the sums that are below `variance`, and one more; 1e-13: the last may round to below 1
+        # the sums below `variance`, and one more; 1e-13: one equal to it may round to below it
         k = 1 + int((squares.cumsum(0) / energy < variance - 1e-13).sum())
     return min(k, int((squares > NOISE**2 * squares[:1]).sum()))  # 0 if X is 0 or has no rows
 
 def best_rank(eps_beta, eps_alpha, p):
-    """The coefficients (kβ, p), (kα, p) nearest in ΔW to (kβ, r), (kα, r); p None: just those.
+    """The coefficients (kβ, p), (kα, p) nearest in ΔW to the (kβ, r), (kα, r) given; p None: these.
     As the bases are orthonormal, nearest in ΔW is nearest in eps_beta eps_alpha^T: a truncated SVD
     (Eckart and Young). At most min(p, kβ, kα, r) columns; with an empty basis min(p, r)."""
     if p is None or 0 in (len(eps_beta), len(eps_alpha)):  # in an empty basis ΔW is 0 anyhow
@@ -134,9 +134,9 @@ def stack_factors(own, other):  # other: only stack_updates needs it
     return torch.cat(own, dim=1)
 
 def stack_updates(own, other):
-    """Ours: for each ΔW = own other^T, scaled to norm 1, a thin X with X X^T = ΔW ΔW^T.
+    """Ours: for each ΔW = own other^T, scaled to norm 1, a thin X with ΔW's left singular vectors.
     own: [(n, r)]; other: [(d, r)]; on A's side ΔW^T. Neither a task's size plays a part nor how ΔW
-    is split. With other = Q R, X = own R^T will do: X X^T = own R^T Q^T Q R own^T, as Q^T Q = 1."""
+    is split. With other = Q R, X = own R^T will do: ΔW ΔW^T = own R^T Q^T Q R own^T = X X^T."""
     left = stack_padded([factor.double() for factor in own])  # (t, n, r)
     right = stack_padded([factor.double() for factor in other])  # (t, d, r)
     updates = left @ torch.linalg.qr(right, mode="r").R.mT  # (t, n, min(d, r))
@@ -157,7 +157,7 @@ def project(bases, factors, p):
 
 def to_frame(basis, eps, factors):
     """For phase 3, one side: an orthonormal frame (n, q) that spans the basis and all factors.
-    Its first k columns are the basis (n, k); the others, what the new factors [(n, r)] add to it.
+    Its first k columns are the basis (n, k); the others hold what new factors [(n, r)] add to it.
     Returns it and coordinates (q, Σp), the old tasks' (eps) first: factor = frame @ coordinates."""
     k = basis.shape[1]
     basis = basis.double()
@@ -167,7 +167,7 @@ def to_frame(basis, eps, factors):
     frame = torch.cat([basis, Q[:, k:]], dim=1)
     new = frame.T @ factors  # (q, Σr)
     inside = new[k:].norm(dim=0) < NOISE * new.norm(dim=0)  # columns in the basis, but for rounding
-    new[k:, inside] = 0  # or `grow`, which looks at these rows by themselves, would take it for new
+    new[k:, inside] = 0  # or `next_basis`, which with grow sees only rows k:, takes it for new
     old = torch.cat([basis.new_zeros(k, 0), *eps], dim=1)
     old = nn.functional.pad(old, (0, 0, 0, len(new) - k))
     return frame, torch.cat([old, new], dim=1)
@@ -176,18 +176,18 @@ def next_basis(stacked, k_old, variance, k, center, grow):
     """The next basis (q, k) in a frame whose first k_old axes are the old one: phase 1 once more.
     Ours: without `k` it is no smaller than the old one. By the variance rule alone it could shrink
     from merge to merge, until only the newest tasks are left. With `grow` (ours, too) the old axes
-    stay, all of them, and what is outside adds to them; `k` is a cap of both together."""
+    stay, all of them, and what is outside adds to them, up to `k` in all (never below the old)."""
     if grow:
-        added = build_basis(stacked[k_old:], variance, k, center)  # these rows are outside
-        room = None if k is None else max(k - k_old, 0)  # with k, the heaviest come first
+        added = build_basis(stacked[k_old:], variance, k, center)  # the rows outside the old basis
+        room = None if k is None else max(k - k_old, 0)  # may be 0, so cut; heaviest come first
         return torch.block_diag(torch.eye(k_old).to(stacked), added[:, :room])
     basis = build_basis(stacked, variance, k, center)
     if k is None and basis.shape[1] < k_old:
-        basis = build_basis(stacked, k=k_old)  # the heaviest, more than explain the variance
+        basis = build_basis(stacked, k=k_old)  # so many instead, whatever variance they explain
         missing = k_old - basis.shape[1]
         if missing > 0:  # the stack has not so many (tasks were removed): old axes fill up
             old = torch.eye(len(stacked), k_old).to(stacked)
-            unused = old - basis @ (basis.T @ old)  # orthogonal to basis; its rank is >= missing
+            unused = old - basis @ (basis.T @ old)  # off basis; rank >= k_old - its columns
             basis = torch.cat([basis, build_basis(unused, k=missing)], dim=1)
     return basis
 
@@ -233,7 +233,7 @@ class Share:
         _check_numbers(variance)
         _require(stack in STACKS, f"stack is {stack!r}; it takes one of {list(STACKS)}")
         self.variance, self.stack = variance, stack
-        self.center = center and stack == "factors"  # updates have no fixed sign, so no mean
+        self.center = center and stack == "factors"  # updates: QR leaves signs open, so no mean
         self.bases, self.coefficients = {}, {}
         self.records, self.learned = {}, {}
         self.selected = None
@@ -277,7 +277,7 @@ class Share:
         were; earlier tasks may move. With `grow` (ours) they stay, earlier tasks' ΔW as well, and
         what the new adapters have outside adds directions. variance: the part to explain (with
         grow, of what is outside); None: the share's, even if it was made with a k.
-        k: instead, at most so many directions a side; without grow the bases may shrink."""
+        k: instead, a cap a side; with grow the old stay even above it, else bases may shrink."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         variance = self.variance if variance is None else variance
         rule = {"variance": variance, "k": k, "center": self.center, "grow": grow}
@@ -286,16 +286,16 @@ class Share:
             lefts, rights = [B for B, _ in new.values()], [A_T for _, A_T in new.values()]
             beta, alpha = self.bases.get(layer, (lefts[0][:, :0], rights[0][:, :0]))  # new: empty
             old = self.coefficients.get(layer, {})
-            frame_b, left = to_frame(beta, [pair[0] for pair in old.values()], lefts)
-            frame_a, right = to_frame(alpha, [pair[1] for pair in old.values()], rights)
+            frame_b, all_b = to_frame(beta, [pair[0] for pair in old.values()], lefts)
+            frame_a, all_a = to_frame(alpha, [pair[1] for pair in old.values()], rights)
             widths = [pair[0].shape[1] for pair in (*old.values(), *new.values())]
             counted = slice(len(old) if grow else 0, None)  # growing looks at the new tasks alone
-            left_parts = left.split(widths, dim=1)[counted]
-            right_parts = right.split(widths, dim=1)[counted]
+            left_parts = all_b.split(widths, dim=1)[counted]
+            right_parts = all_a.split(widths, dim=1)[counted]
             left_stack = STACKS[self.stack](left_parts, right_parts)
             right_stack = STACKS[self.stack](right_parts, left_parts)
-            next_beta, eps_betas = merge_side(beta, frame_b, left, widths, left_stack, **rule)
-            next_alpha, eps_alphas = merge_side(alpha, frame_a, right, widths, right_stack, **rule)
+            next_beta, eps_betas = merge_side(beta, frame_b, all_b, widths, left_stack, **rule)
+            next_alpha, eps_alphas = merge_side(alpha, frame_a, all_a, widths, right_stack, **rule)
             bases[layer] = next_beta, next_alpha
             coefficients[layer] = dict(zip([*old, *new], zip(eps_betas, eps_alphas)))
         self.records = self.records | {t: adapter.record() for t, adapter in adapters.items()}
@@ -315,7 +315,7 @@ class Share:
         if temporary:  # columns (n, phi) and (d, phi); eps_beta has k + phi rows then
             beta = torch.cat([beta, temporary[0].to(beta)], dim=1)
             alpha = torch.cat([alpha, temporary[1].to(alpha)], dim=1)
-        # autocast would round B and A, and go on serving a cast that it cached before a step
+        # autocast would round B and A, and reuse its cached cast of eps after a step changed eps
         with torch.autocast(beta.device.type, enabled=False):
             return beta @ eps_beta.to(beta.dtype), eps_alpha.to(alpha.dtype).T @ alpha.T
 
@@ -356,12 +356,12 @@ class Share:
         names = (task,) if single else tuple(task)
         for name in set(names) - {None, *self.learned}:
             self._check_task(name)
-        stored = single or self.learned.keys().isdisjoint(names)  # `mixed` reads `coefficients`
+        stored = single or self.learned.keys().isdisjoint(names)  # `mixed` cannot see `learned`
         _require(stored, f"task {list(self.learned)} {BUSY}")
         self.selected = task if single else names
 
     def attach(self, model):
-        """Make each nn.Linear that has bases a ShareLinear, in place; its bases move to its device.
+        """Make each nn.Linear that has bases a ShareLinear, in place; numbers move to its device.
         Again after a merge that brings layers. Returns `model`; changes nothing if one is unfit."""
         modules = dict(model.named_modules(remove_duplicate=False))
         attached = self._attached(model)
@@ -378,7 +378,7 @@ class Share:
         for linear, layer in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share, linear.layer = self, layer
-            linear.hook = linear.register_forward_pre_hook(no_shortcut)
+            linear.hook = linear.register_forward_pre_hook(no_shortcut)  # empty; see there
             self._move(layer, linear.weight.device)
         return model
 
@@ -413,14 +413,14 @@ class Share:
         and `extra` as well. p: pseudo-rank. sigma: coefficients start as N(0, sigma²) on both
         sides, since with both at zero every gradient is zero. phi: temporary columns a side, fewer
         than the largest basis has (the paper's bound), trained too; the block then ends in `merge`,
-        at the share's variance, or growing at 1 with `grow` (which plays no part if phi is 0).
+        at the share's variance, or with `grow` (used only then) by merge(grow=True, variance=1).
         finetune: train an existing task on from where it is; p and sigma play no part."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         attached = self._attached(model, self.layers)
         learned = self._start(task, p, phi, sigma, finetune)
         parameters = [parameter for own in learned.values() for parameter in own]
         extra = list(extra)
-        _require(all(q._base is None for q in extra), "extra holds views, where no gradient goes")
+        _require(all(q._base is None for q in extra), "extra holds views; pass their base instead")
         trained = parameters + extra
         start = [tensor.detach().clone() for tensor in trained]
         before = dict(vars(self))  # shallow will do: `_keep` and `merge` replace dicts, edit none
@@ -431,7 +431,7 @@ class Share:
                 self.learned, self.selected = {task: learned}, task
                 yield parameters
                 _require(all(q.isfinite().all() for q in trained), f"task {task!r} is NaN or inf")
-                # only extra moved: a mistake. That nothing moved is none: no step was taken
+                # only extra moved: a mistake; nothing moved: fine, no step was taken
                 moved = [not torch.equal(q, old.to(q)) for q, old in zip(trained, start)]
                 only_extra = any(moved) and not any(moved[: len(parameters)])
                 _require(not only_extra, UNREACHED)
@@ -455,7 +455,7 @@ class Share:
             held = {name: pairs[task] for name, pairs in self.coefficients.items() if task in pairs}
             return {name: nn.ParameterList(e.clone() for e in pair) for name, pair in held.items()}
         self._check_new_task(task)
-        _check_numbers(p="None" if p is None else p)  # None itself would pass
+        _check_numbers(p="None" if p is None else p)  # None, fine elsewhere, has no meaning here
         _require(sigma > 0, f"sigma is {sigma!r}; it takes a number above 0")
         sizes = [(beta.shape[1], alpha.shape[1]) for beta, alpha in self.bases.values()]
         _require(any(min(pair) > 0 for pair in sizes), "the bases are empty: nothing to learn")
@@ -487,7 +487,7 @@ class Share:
         for i, (layer, held) in enumerate(self.coefficients.items()):
             beta, alpha = self.bases[layer]
             empty = beta.new_zeros(beta.shape[1] + alpha.shape[1], 0)  # if no task has the layer
-            eps = torch.cat([empty, *map(torch.cat, held.values())], dim=1)  # ε_β over ε_α, all p
+            eps = torch.cat([empty, *map(torch.cat, held.values())], dim=1)  # ε_β over ε_α; by task
             tensors |= {f"{i}.beta": beta, f"{i}.alpha": alpha, f"{i}.eps": eps}
             widths[layer] = {task: pair[0].shape[1] for task, pair in held.items()}
         for j, record in enumerate(records.values()):
@@ -559,7 +559,7 @@ class Share:
             for layer, (B, A) in adapter.factors.items():
                 what = f"task {task!r}, layer {layer!r}: B {tuple(B.shape)}, A {tuple(A.shape)}"
                 shape = (*B.shape[:1], *A.shape[1:])
-                n_d = shapes.setdefault(layer, shape)  # a new layer's: its first adapter's
+                n_d = shapes.setdefault(layer, shape)  # for a new layer its first adapter decides
                 fits = shape == n_d and B.dim() == A.dim() == 2 and B.shape[1] == len(A) > 0
                 _require(fits, f"{what}; it takes (n, r) and (r, d), here with (n, d) = {n_d}")
                 _require(B.is_floating_point() and A.is_floating_point(), f"{what} are not floats")
@@ -611,14 +611,14 @@ class ShareLinear(nn.Linear):
         beta, alpha = self.share.bases[self.layer]
         empty = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
         held = self.share.coefficients[self.layer]
-        pairs = [held.get(task, empty) for task in tasks] or [empty]  # 1 broadcasts to a batch of 0
+        pairs = [held.get(task, empty) for task in tasks] or [empty]  # batch of 0: 1 broadcasts
         eps_beta = stack_padded([eps for eps, _ in pairs])  # (b, kβ, p)
         eps_alpha = stack_padded([eps for _, eps in pairs])  # (b, kα, p)
         z = torch.einsum("b...k,bkp->b...p", x.to(alpha.dtype) @ alpha, eps_alpha)  # (b, ..., p)
         return torch.einsum("b...p,bkp->b...k", z, eps_beta) @ beta.T
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)  # model.to(device) and its like
-        if not self.weight.is_meta:  # there the share's numbers would be lost
+        if not self.weight.is_meta:  # on meta the share's numbers would be lost
             self.share._move(self.layer, self.weight.device)
         return self
 
@@ -627,7 +627,7 @@ def no_shortcut(module, inputs):
 
 @contextlib.contextmanager
 def frozen(model, extra):
-    """All of a model frozen but `extra`; on leaving, requires_grad, .grad, buffer values return."""
+    """A model frozen but `extra`; then requires_grad, .grad, buffers of the same shape return."""
     flags = [(q, q.requires_grad, q.grad) for q in (*model.parameters(), *extra)]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
@@ -641,7 +641,7 @@ def frozen(model, extra):
             tensor.requires_grad_(requires_grad)
             tensor.grad = None if grad is None else grad.to(tensor)  # the model may have moved
         for name, buffer in model.named_buffers():
-            before = buffers.get(name, buffer).to(buffer)  # one made in the block stays
+            before = buffers.get(name, buffer).to(buffer)  # one made or resized in the block stays
             if buffer.shape == before.shape and not (buffer.is_meta or buffer.equal(before)):
                 buffer.copy_(before)  # only if it must: a buffer made by expand() cannot be written
 
@@ -651,7 +651,7 @@ def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1
     loss_fn(model, batch) gives a scalar. lr: Adam's rate. extra_parameters: tensors to train along,
     or groups with rates of their own. on_step(step, loss): called after each; may select a task."""
     groups = [dict(g) if isinstance(g, dict) else {"params": g} for g in extra_parameters]  # copies
-    # Adam takes one group or more, and turns each one's params into a list: `learn` gets those
+    # Adam needs a group to start with: an empty one. It makes lists of params, even of generators
     optimizer = torch.optim.Adam([{"params": []}, *groups], lr=lr)
     extra = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     settings = {"p": p, "phi": phi, "sigma": sigma, "finetune": finetune, "grow": grow}
@@ -667,7 +667,7 @@ def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1
                 loss.backward()
             _require(any(q.grad is not None for q in parameters), f"step {step}: {UNREACHED}")
             optimizer.step()
-            torch.clear_autocast_cache()  # else autocast around this call serves a head's old cast
+            torch.clear_autocast_cache()  # else autocast around this call reuses a head's old cast
             losses.append(loss.item())
             if on_step is not None:
                 on_step(step, losses[-1])
