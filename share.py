@@ -10,7 +10,7 @@ that the pairs of all tasks have in common, and keeps of a task only its coeffic
     weight               W0        n × d             frozen; n = out_features, d = in_features
     B, A                 B, A      n × r, r × d      one task's LoRA factors, scaling folded in
     beta, alpha          β, α      n × kβ, d × kα    orthonormal bases; k differs by layer and side
-    eps_beta, eps_alpha  ε_β, ε_α  kβ × p, kα × p    one task's coefficients; p = pseudo-rank, ~1
+    eps_beta, eps_alpha  ε_β, ε_α  kβ × p, kα × p    one task's coefficients; p: pseudo-rank
     phi                  φ         integer           temporary columns while a task is learned
 
 Phase 1, `Share.from_adapters`: the bases are the main directions of some adapters' stacked factors.
@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 
 LARGE = 384  # if neither side of a stack is below it, build_basis tries few_directions first
-NOISE = 1e-6  # beside the largest: less counts as rounding (float32's own is about 1e-7)
+NOISE = 1e-6  # below this part of the whole, a number counts as rounding (float32's: about 1e-7)
 VERSION = "share, version 3"  # of the file's format; the key of its metadata
 BUSY = "is being learned: learn, add, merge, remove, detach, a mixed batch with it have to wait"
-UNREACHED = "the loss reached no coefficient (no_grad? reentrant checkpoints?), or no step did"
+UNREACHED = "the loss reached no coefficient, or no step moved one (no_grad? reentrant checkpoint?)"
 not_inference = torch.inference_mode(False)  # a decorator: inference tensors can never be trained
 
 def _require(holds, message):
@@ -75,7 +75,7 @@ def build_basis(stack, variance=0.6, k=None, center=True):
 
 def few_directions(X, variance, k):
     """As `all_directions`, for a large X by a randomised search; None where that may not suffice.
-    It does if (1) q < few: if `few` are not enough (too little explained, or k >= few), q is few;
+    Taken only if (1) q < few: where more than `few` may be needed (variance, k), q equals few;
     and (2) X X^T U = U S², to 1e-9 S[0]²: the search has converged. Not checked: that no heavier
     direction was missed; after four iterations that is most unlikely."""
     few = max(48, min(X.shape) // 20)
@@ -100,15 +100,15 @@ def count_directions(squares, energy, variance, k):
     """At most k, or the fewest directions that explain `variance`; never what is only rounding.
     squares: singular values squared, falling, maybe not all of them; energy: the sum of all."""
     if k is None:
-        # the sums below `variance`, and one more; 1e-13: one equal to it may round to below it
+        # 1 + how many sums are below it; 1e-13: a sum equal to `variance` may come out just below
         k = 1 + int((squares.cumsum(0) / energy < variance - 1e-13).sum())
     return min(k, int((squares > NOISE**2 * squares[:1]).sum()))  # 0 if X is 0 or has no rows
 
 def best_rank(eps_beta, eps_alpha, p):
     """The coefficients (kβ, p), (kα, p) nearest in ΔW to the (kβ, r), (kα, r) given; p None: these.
     As the bases are orthonormal, nearest in ΔW is nearest in eps_beta eps_alpha^T: a truncated SVD
-    (Eckart and Young). At most min(p, kβ, kα, r) columns; with an empty basis min(p, r)."""
-    if p is None or 0 in (len(eps_beta), len(eps_alpha)):  # in an empty basis ΔW is 0 anyhow
+    (Eckart and Young), min(p, kβ, kα, r) columns; in an empty basis the first p of the r."""
+    if p is None or 0 in (len(eps_beta), len(eps_alpha)):  # empty: ΔW is 0, nothing to choose
         return eps_beta[:, :p], eps_alpha[:, :p]
     # eps_beta eps_alpha^T = Q_beta (R_beta R_alpha^T) Q_alpha^T, its middle small for any k
     Q_beta, R_beta = torch.linalg.qr(eps_beta.double())
@@ -167,7 +167,7 @@ def to_frame(basis, eps, factors):
     frame = torch.cat([basis, Q[:, k:]], dim=1)
     new = frame.T @ factors  # (q, Σr)
     inside = new[k:].norm(dim=0) < NOISE * new.norm(dim=0)  # columns in the basis, but for rounding
-    new[k:, inside] = 0  # or `next_basis`, which with grow sees only rows k:, takes it for new
+    new[k:, inside] = 0  # `grow` adds directions for what rows k: hold: no rounding may stay
     old = torch.cat([basis.new_zeros(k, 0), *eps], dim=1)
     old = nn.functional.pad(old, (0, 0, 0, len(new) - k))
     return frame, torch.cat([old, new], dim=1)
@@ -179,7 +179,7 @@ def next_basis(stacked, k_old, variance, k, center, grow):
     stay, all of them, and what is outside adds to them, up to `k` in all (never below the old)."""
     if grow:
         added = build_basis(stacked[k_old:], variance, k, center)  # the rows outside the old basis
-        room = None if k is None else max(k - k_old, 0)  # may be 0, so cut; heaviest come first
+        room = None if k is None else max(k - k_old, 0)  # build_basis takes no k = 0: cut instead
         return torch.block_diag(torch.eye(k_old).to(stacked), added[:, :room])
     basis = build_basis(stacked, variance, k, center)
     if k is None and basis.shape[1] < k_old:
@@ -187,15 +187,15 @@ def next_basis(stacked, k_old, variance, k, center, grow):
         missing = k_old - basis.shape[1]
         if missing > 0:  # the stack has not so many (tasks were removed): old axes fill up
             old = torch.eye(len(stacked), k_old).to(stacked)
-            unused = old - basis @ (basis.T @ old)  # off basis; rank >= k_old - its columns
+            unused = old - basis @ (basis.T @ old)  # its rank is >= k_old - basis.shape[1]
             basis = torch.cat([basis, build_basis(unused, k=missing)], dim=1)
     return basis
 
 def merge_side(basis, frame, coordinates, widths, stacked, **rule):
     """Phase 3 for one side: the next basis (n, k), and all tasks' coefficients [(k, p)].
     As published: (1) rebuild the old tasks' factors, beta eps; (2) stack them with the new ones;
-    (3) SVD: the next basis; (4) new coefficients of all, next_basis^T factor. Here the same in the
-    coordinates of `to_frame`: q rows, not n, however many tasks there are.
+    (3) SVD: the next basis; (4) all new coefficients, (new basis)^T factor. Here the same in the
+    coordinates of `to_frame`: q rows (at most k and the new tasks' Σr), not n.
     coordinates: (q, Σp), of all tasks' factors, task i's in widths[i] columns. stacked: (q, m), the
     stack to take directions from (with grow, of the new tasks alone). rule: `next_basis`'s."""
     next_in_frame = next_basis(stacked, basis.shape[1], **rule)  # (q, next k)
@@ -233,7 +233,7 @@ class Share:
         _check_numbers(variance)
         _require(stack in STACKS, f"stack is {stack!r}; it takes one of {list(STACKS)}")
         self.variance, self.stack = variance, stack
-        self.center = center and stack == "factors"  # updates: QR leaves signs open, so no mean
+        self.center = center and stack == "factors"  # updates' columns have no sign, so no mean
         self.bases, self.coefficients = {}, {}
         self.records, self.learned = {}, {}
         self.selected = None
@@ -247,7 +247,7 @@ class Share:
         stack: "factors" or "updates" (not centred), see stack_*. p: pseudo-rank, None: as it is."""
         _check_numbers(p=p)
         share = cls(variance, center, stack)
-        for layer, new in share._check_adapters(adapters).items():
+        for layer, new in share._check_adapters(adapters).items():  # new: {task: (B, A^T)}
             lefts, rights = [B for B, _ in new.values()], [A_T for _, A_T in new.values()]
             beta = build_basis(STACKS[stack](lefts, rights), variance, k, share.center)
             alpha = build_basis(STACKS[stack](rights, lefts), variance, k, share.center)
@@ -277,14 +277,14 @@ class Share:
         were; earlier tasks may move. With `grow` (ours) they stay, earlier tasks' ΔW as well, and
         what the new adapters have outside adds directions. variance: the part to explain (with
         grow, of what is outside); None: the share's, even if it was made with a k.
-        k: instead, a cap a side; with grow the old stay even above it, else bases may shrink."""
+        k: instead, at most k a side; with grow all old ones stay, without it bases may shrink."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         variance = self.variance if variance is None else variance
         rule = {"variance": variance, "k": k, "center": self.center, "grow": grow}
         bases, coefficients = {}, {}
-        for layer, new in self._check_adapters(adapters).items():
+        for layer, new in self._check_adapters(adapters).items():  # new: {task: (B, A^T)}
             lefts, rights = [B for B, _ in new.values()], [A_T for _, A_T in new.values()]
-            beta, alpha = self.bases.get(layer, (lefts[0][:, :0], rights[0][:, :0]))  # new: empty
+            beta, alpha = self.bases.get(layer, (lefts[0][:, :0], rights[0][:, :0]))  # or empty
             old = self.coefficients.get(layer, {})
             frame_b, all_b = to_frame(beta, [pair[0] for pair in old.values()], lefts)
             frame_a, all_a = to_frame(alpha, [pair[1] for pair in old.values()], rights)
@@ -323,7 +323,7 @@ class Share:
         """The Adapter that the share holds for a task, its extras and config included."""
         pairs = {layer: self.factors(layer, task) for layer in self.layers}
         factors = {layer: pair for layer, pair in pairs.items() if pair is not None}
-        record = copy.deepcopy(self.records.get(task, {"extras": {}, "config": {}}))
+        record = copy.deepcopy(self.records.get(task, {"extras": {}, "config": {}}))  # in learn
         return Adapter(factors, record["extras"], record["config"])
 
     def retained(self):
@@ -356,12 +356,12 @@ class Share:
         names = (task,) if single else tuple(task)
         for name in set(names) - {None, *self.learned}:
             self._check_task(name)
-        stored = single or self.learned.keys().isdisjoint(names)  # `mixed` cannot see `learned`
+        stored = single or self.learned.keys().isdisjoint(names)  # `mixed` reads stored ones only
         _require(stored, f"task {list(self.learned)} {BUSY}")
         self.selected = task if single else names
 
     def attach(self, model):
-        """Make each nn.Linear that has bases a ShareLinear, in place; numbers move to its device.
+        """Make each nn.Linear that has bases a ShareLinear, in place; bases move to its device.
         Again after a merge that brings layers. Returns `model`; changes nothing if one is unfit."""
         modules = dict(model.named_modules(remove_duplicate=False))
         attached = self._attached(model)
@@ -378,7 +378,7 @@ class Share:
         for linear, layer in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share, linear.layer = self, layer
-            linear.hook = linear.register_forward_pre_hook(no_shortcut)  # empty; see there
+            linear.hook = linear.register_forward_pre_hook(no_shortcut)  # lest it be bypassed
             self._move(layer, linear.weight.device)
         return model
 
@@ -392,7 +392,7 @@ class Share:
         unfit = [name for name, m in attached.items() if "forward" in vars(m) or m.weight.is_meta]
         _require(not unfit, f"layers {unfit}: another forward, or on meta; undo that first")
         for layer, linear in attached.items():
-            if layer in folded.factors:  # a new Parameter, as the old one may be tied
+            if layer in folded.factors:  # a new Parameter, without a graph: the old may be tied
                 weight = (linear.weight + folded.delta(layer)).to(linear.weight.dtype)
                 linear.weight = nn.Parameter(weight, linear.weight.requires_grad)
             linear.hook.remove()
@@ -410,8 +410,8 @@ class Share:
         `model`, are all that requires gradients, but for `extra`: tensors to train along, such as a
         head; they stay the caller's. Afterwards requires_grad, .grad, selection and buffers (as
         BatchNorm's, which all tasks share) are as before; after an exception or Ctrl-C the share
-        and `extra` as well. p: pseudo-rank. sigma: coefficients start as N(0, sigma²) on both
-        sides, since with both at zero every gradient is zero. phi: temporary columns a side, fewer
+        and `extra` as well. p: pseudo-rank. sigma: coefficients start as the paper's N(0, sigma²)
+        (zero on both sides would give no gradient at all). phi: temporary columns a side, fewer
         than the largest basis has (the paper's bound), trained too; the block then ends in `merge`,
         at the share's variance, or with `grow` (used only then) by merge(grow=True, variance=1).
         finetune: train an existing task on from where it is; p and sigma play no part."""
@@ -420,10 +420,10 @@ class Share:
         learned = self._start(task, p, phi, sigma, finetune)
         parameters = [parameter for own in learned.values() for parameter in own]
         extra = list(extra)
-        _require(all(q._base is None for q in extra), "extra holds views; pass their base instead")
+        _require(all(q._base is None for q in extra), "extra holds views (rows?); pass the whole")
         trained = parameters + extra
         start = [tensor.detach().clone() for tensor in trained]
-        before = dict(vars(self))  # shallow will do: `_keep` and `merge` replace dicts, edit none
+        before = dict(vars(self))  # shallow will do: `_keep`, `merge` put new dicts in their place
         with frozen(model, extra):  # before the coefficients join the model: they are to be trained
             try:
                 for layer, own in learned.items():
@@ -445,7 +445,7 @@ class Share:
                 self.learned = {}
                 self.selected = before["selected"]
                 for layer in learned:
-                    attached[layer]._modules.pop("learned", None)
+                    attached[layer]._modules.pop("learned", None)  # None: maybe never set
 
     def _start(self, task, p, phi, sigma, finetune):
         """Where training starts: {layer: [eps_beta, eps_alpha, with phi > 0 temporary columns]}."""
@@ -455,7 +455,7 @@ class Share:
             held = {name: pairs[task] for name, pairs in self.coefficients.items() if task in pairs}
             return {name: nn.ParameterList(e.clone() for e in pair) for name, pair in held.items()}
         self._check_new_task(task)
-        _check_numbers(p="None" if p is None else p)  # None, fine elsewhere, has no meaning here
+        _check_numbers(p="None" if p is None else p)  # a str, so refused: here None is no p
         _require(sigma > 0, f"sigma is {sigma!r}; it takes a number above 0")
         sizes = [(beta.shape[1], alpha.shape[1]) for beta, alpha in self.bases.values()]
         _require(any(min(pair) > 0 for pair in sizes), "the bases are empty: nothing to learn")
@@ -487,7 +487,7 @@ class Share:
         for i, (layer, held) in enumerate(self.coefficients.items()):
             beta, alpha = self.bases[layer]
             empty = beta.new_zeros(beta.shape[1] + alpha.shape[1], 0)  # if no task has the layer
-            eps = torch.cat([empty, *map(torch.cat, held.values())], dim=1)  # ε_β over ε_α; by task
+            eps = torch.cat([empty, *map(torch.cat, held.values())], dim=1)  # (kβ + kα, Σp)
             tensors |= {f"{i}.beta": beta, f"{i}.alpha": alpha, f"{i}.eps": eps}
             widths[layer] = {task: pair[0].shape[1] for task, pair in held.items()}
         for j, record in enumerate(records.values()):
@@ -517,8 +517,8 @@ class Share:
         share = cls(state["variance"], state["center"], state["stack"])
         for i, (layer, widths) in enumerate(state["widths"].items()):
             share.bases[layer] = tensors[f"{i}.beta"], tensors[f"{i}.alpha"]
-            both = tensors[f"{i}.eps"].split([basis.shape[1] for basis in share.bases[layer]])
-            eps_betas, eps_alphas = [split_columns(side, list(widths.values())) for side in both]
+            sides = tensors[f"{i}.eps"].split([basis.shape[1] for basis in share.bases[layer]])
+            eps_betas, eps_alphas = [split_columns(side, list(widths.values())) for side in sides]
             share.coefficients[layer] = dict(zip(widths, zip(eps_betas, eps_alphas)))
         for j, (task, record) in enumerate(state["records"].items()):
             extras = {name: tensors[f"extras.{j}.{name}"] for name in record["extras"]}
@@ -603,7 +603,7 @@ class ShareLinear(nn.Linear):
         if factors is None:
             return out
         B, A = factors  # formed first: a token then costs what a rank-p LoRA costs, for any k
-        return (out + input.to(A.dtype) @ A.T @ B.T).to(out.dtype)  # then the model's dtype
+        return (out + input.to(A.dtype) @ A.T @ B.T).to(out.dtype)  # in the model's dtype
 
     def mixed(self, x, tasks):
         """Each sample's own update of x (b, ..., d): one product with alpha and one with beta."""
@@ -611,10 +611,10 @@ class ShareLinear(nn.Linear):
         beta, alpha = self.share.bases[self.layer]
         empty = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
         held = self.share.coefficients[self.layer]
-        pairs = [held.get(task, empty) for task in tasks] or [empty]  # batch of 0: 1 broadcasts
+        pairs = [held.get(task, empty) for task in tasks] or [empty]  # no samples: one broadcasts
         eps_beta = stack_padded([eps for eps, _ in pairs])  # (b, kβ, p)
-        eps_alpha = stack_padded([eps for _, eps in pairs])  # (b, kα, p)
-        z = torch.einsum("b...k,bkp->b...p", x.to(alpha.dtype) @ alpha, eps_alpha)  # (b, ..., p)
+        eps_alpha = stack_padded([eps for _, eps in pairs])  # (b, kα, p); below, a is kα
+        z = torch.einsum("b...a,bap->b...p", x.to(alpha.dtype) @ alpha, eps_alpha)  # (b, ..., p)
         return torch.einsum("b...p,bkp->b...k", z, eps_beta) @ beta.T
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)  # model.to(device) and its like
@@ -641,7 +641,7 @@ def frozen(model, extra):
             tensor.requires_grad_(requires_grad)
             tensor.grad = None if grad is None else grad.to(tensor)  # the model may have moved
         for name, buffer in model.named_buffers():
-            before = buffers.get(name, buffer).to(buffer)  # one made or resized in the block stays
+            before = buffers.get(name, buffer).to(buffer)  # new in the block: equals itself, stays
             if buffer.shape == before.shape and not (buffer.is_meta or buffer.equal(before)):
                 buffer.copy_(before)  # only if it must: a buffer made by expand() cannot be written
 
@@ -651,7 +651,7 @@ def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1
     loss_fn(model, batch) gives a scalar. lr: Adam's rate. extra_parameters: tensors to train along,
     or groups with rates of their own. on_step(step, loss): called after each; may select a task."""
     groups = [dict(g) if isinstance(g, dict) else {"params": g} for g in extra_parameters]  # copies
-    # Adam needs a group to start with: an empty one. It makes lists of params, even of generators
+    # Adam needs a group to start with: an empty one; Adam also turns generators into lists
     optimizer = torch.optim.Adam([{"params": []}, *groups], lr=lr)
     extra = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     settings = {"p": p, "phi": phi, "sigma": sigma, "finetune": finetune, "grow": grow}
@@ -667,7 +667,7 @@ def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1
                 loss.backward()
             _require(any(q.grad is not None for q in parameters), f"step {step}: {UNREACHED}")
             optimizer.step()
-            torch.clear_autocast_cache()  # else autocast around this call reuses a head's old cast
+            torch.clear_autocast_cache()  # else autocast around the loop reuses a head's old cast
             losses.append(loss.item())
             if on_step is not None:
                 on_step(step, losses[-1])
