@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 LARGE = 384  # if neither side of a stack is below it, build_basis tries few_directions first
-NOISE = 1e-6  # below this part of the whole, a number counts as rounding (float32's: about 1e-7)
+NOISE = 1e-6  # below this part of the largest, a number counts as rounding (float32's: about 1e-7)
 VERSION = "share, version 3"  # of the file's format; the key of its metadata
 BUSY = "is being learned: learn, add, merge, remove, detach, a mixed batch with it have to wait"
 UNREACHED = "the loss reached no coefficient, or no step moved one (no_grad? reentrant checkpoint?)"
@@ -68,14 +68,14 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     if basis is None:
         basis = all_directions(X, variance, k)
     outside = mean - basis @ (basis.T @ mean)
-    # `outside` is in all m columns: sqrt(m) times its norm is its part of the stack's norm
+    # all m columns contain `outside`: in the stack's norm it weighs sqrt(m) times its own
     if centred and outside.norm() * X.shape[1] ** 0.5 > NOISE * norm:
         basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
     return basis.to(torch.promote_types(stack.dtype, torch.float32)).contiguous()
 
 def few_directions(X, variance, k):
     """As `all_directions`, for a large X by a randomised search; None where that may not suffice.
-    Taken only if (1) q < few: where more than `few` may be needed (variance, k), q equals few;
+    Taken only if (1) q < few: S has `few` entries, so q = few says that more may be needed;
     and (2) X X^T U = U S², to 1e-9 S[0]²: the search has converged. Not checked: that no heavier
     direction was missed; after four iterations that is most unlikely."""
     few = max(48, min(X.shape) // 20)
@@ -100,15 +100,15 @@ def count_directions(squares, energy, variance, k):
     """At most k, or the fewest directions that explain `variance`; never what is only rounding.
     squares: singular values squared, falling, maybe not all of them; energy: the sum of all."""
     if k is None:
-        # 1 + how many sums are below it; 1e-13: a sum equal to `variance` may come out just below
+        # 1 + how many running sums miss variance; 1e-13: one that equals it may be rounded down
         k = 1 + int((squares.cumsum(0) / energy < variance - 1e-13).sum())
     return min(k, int((squares > NOISE**2 * squares[:1]).sum()))  # 0 if X is 0 or has no rows
 
 def best_rank(eps_beta, eps_alpha, p):
     """The coefficients (kβ, p), (kα, p) nearest in ΔW to the (kβ, r), (kα, r) given; p None: these.
     As the bases are orthonormal, nearest in ΔW is nearest in eps_beta eps_alpha^T: a truncated SVD
-    (Eckart and Young), min(p, kβ, kα, r) columns; in an empty basis the first p of the r."""
-    if p is None or 0 in (len(eps_beta), len(eps_alpha)):  # empty: ΔW is 0, nothing to choose
+    (Eckart and Young), min(p, kβ, kα, r) columns. If a basis is empty, any p do: ΔW is 0."""
+    if p is None or 0 in (len(eps_beta), len(eps_alpha)):  # [:, :None] is all of them
         return eps_beta[:, :p], eps_alpha[:, :p]
     # eps_beta eps_alpha^T = Q_beta (R_beta R_alpha^T) Q_alpha^T, its middle small for any k
     Q_beta, R_beta = torch.linalg.qr(eps_beta.double())
@@ -134,9 +134,9 @@ def stack_factors(own, other):  # other: only stack_updates needs it
     return torch.cat(own, dim=1)
 
 def stack_updates(own, other):
-    """Ours: for each ΔW = own other^T, scaled to norm 1, a thin X with ΔW's left singular vectors.
-    own: [(n, r)]; other: [(d, r)]; on A's side ΔW^T. Neither a task's size plays a part nor how ΔW
-    is split. With other = Q R, X = own R^T will do: ΔW ΔW^T = own R^T Q^T Q R own^T = X X^T."""
+    """Ours: for each ΔW = own other^T, scaled to norm 1, a thin X with X X^T = ΔW ΔW^T, and so
+    with its left singular vectors and values: a task's size and how ΔW is split play no part. own:
+    [(n, r)]; other: [(d, r)]. With other = Q R, X = own R^T: ΔW ΔW^T = own R^T Q^T Q R own^T."""
     left = stack_padded([factor.double() for factor in own])  # (t, n, r)
     right = stack_padded([factor.double() for factor in other])  # (t, d, r)
     updates = left @ torch.linalg.qr(right, mode="r").R.mT  # (t, n, min(d, r))
@@ -163,13 +163,13 @@ def to_frame(basis, eps, factors):
     basis = basis.double()
     factors = torch.cat(factors, dim=1).to(basis)
     Q = torch.linalg.qr(torch.cat([basis, factors], dim=1)).Q
-    # Q's first k columns span the basis, if with other signs; the others are orthogonal to it
+    # not Q's own first k columns, whose signs may differ: eps are coordinates in the basis
     frame = torch.cat([basis, Q[:, k:]], dim=1)
     new = frame.T @ factors  # (q, Σr)
     inside = new[k:].norm(dim=0) < NOISE * new.norm(dim=0)  # columns in the basis, but for rounding
     new[k:, inside] = 0  # `grow` adds directions for what rows k: hold: no rounding may stay
     old = torch.cat([basis.new_zeros(k, 0), *eps], dim=1)
-    old = nn.functional.pad(old, (0, 0, 0, len(new) - k))
+    old = nn.functional.pad(old, (0, 0, 0, len(new) - k))  # rows k: are 0: old lie in the basis
     return frame, torch.cat([old, new], dim=1)
 
 def next_basis(stacked, k_old, variance, k, center, grow):
@@ -178,16 +178,16 @@ def next_basis(stacked, k_old, variance, k, center, grow):
     from merge to merge, until only the newest tasks are left. With `grow` (ours, too) the old axes
     stay, all of them, and what is outside adds to them, up to `k` in all (never below the old)."""
     if grow:
-        added = build_basis(stacked[k_old:], variance, k, center)  # the rows outside the old basis
+        added = build_basis(stacked[k_old:], variance, k, center)  # what rows outside the old hold
         room = None if k is None else max(k - k_old, 0)  # build_basis takes no k = 0: cut instead
         return torch.block_diag(torch.eye(k_old).to(stacked), added[:, :room])
     basis = build_basis(stacked, variance, k, center)
     if k is None and basis.shape[1] < k_old:
         basis = build_basis(stacked, k=k_old)  # so many instead, whatever variance they explain
         missing = k_old - basis.shape[1]
-        if missing > 0:  # the stack has not so many (tasks were removed): old axes fill up
+        if missing > 0:  # the stack has not so many (tasks removed, p small): old axes fill up
             old = torch.eye(len(stacked), k_old).to(stacked)
-            unused = old - basis @ (basis.T @ old)  # its rank is >= k_old - basis.shape[1]
+            unused = old - basis @ (basis.T @ old)  # rank >= missing, so all are found
             basis = torch.cat([basis, build_basis(unused, k=missing)], dim=1)
     return basis
 
@@ -195,7 +195,7 @@ def merge_side(basis, frame, coordinates, widths, stacked, **rule):
     """Phase 3 for one side: the next basis (n, k), and all tasks' coefficients [(k, p)].
     As published: (1) rebuild the old tasks' factors, beta eps; (2) stack them with the new ones;
     (3) SVD: the next basis; (4) all new coefficients, (new basis)^T factor. Here the same in the
-    coordinates of `to_frame`: q rows (at most k and the new tasks' Σr), not n.
+    coordinates of `to_frame`: q rows (at most k + the new tasks' Σr), not n.
     coordinates: (q, Σp), of all tasks' factors, task i's in widths[i] columns. stacked: (q, m), the
     stack to take directions from (with grow, of the new tasks alone). rule: `next_basis`'s."""
     next_in_frame = next_basis(stacked, basis.shape[1], **rule)  # (q, next k)
@@ -233,7 +233,7 @@ class Share:
         _check_numbers(variance)
         _require(stack in STACKS, f"stack is {stack!r}; it takes one of {list(STACKS)}")
         self.variance, self.stack = variance, stack
-        self.center = center and stack == "factors"  # updates' columns have no sign, so no mean
+        self.center = center and stack == "factors"  # signs of updates' columns mean nothing
         self.bases, self.coefficients = {}, {}
         self.records, self.learned = {}, {}
         self.selected = None
@@ -277,7 +277,7 @@ class Share:
         were; earlier tasks may move. With `grow` (ours) they stay, earlier tasks' ΔW as well, and
         what the new adapters have outside adds directions. variance: the part to explain (with
         grow, of what is outside); None: the share's, even if it was made with a k.
-        k: instead, at most k a side; with grow all old ones stay, without it bases may shrink."""
+        k: instead of variance, at most k a side, maybe fewer than now; grow keeps all old ones."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         variance = self.variance if variance is None else variance
         rule = {"variance": variance, "k": k, "center": self.center, "grow": grow}
@@ -315,7 +315,7 @@ class Share:
         if temporary:  # columns (n, phi) and (d, phi); eps_beta has k + phi rows then
             beta = torch.cat([beta, temporary[0].to(beta)], dim=1)
             alpha = torch.cat([alpha, temporary[1].to(alpha)], dim=1)
-        # autocast would round B and A, and reuse its cached cast of eps after a step changed eps
+        # autocast would round B and A, and go on using a cast of eps from before a step
         with torch.autocast(beta.device.type, enabled=False):
             return beta @ eps_beta.to(beta.dtype), eps_alpha.to(alpha.dtype).T @ alpha.T
 
@@ -356,13 +356,13 @@ class Share:
         names = (task,) if single else tuple(task)
         for name in set(names) - {None, *self.learned}:
             self._check_task(name)
-        stored = single or self.learned.keys().isdisjoint(names)  # `mixed` reads stored ones only
-        _require(stored, f"task {list(self.learned)} {BUSY}")
+        allowed = single or self.learned.keys().isdisjoint(names)  # `mixed` reads stored ones only
+        _require(allowed, f"task {list(self.learned)} {BUSY}")
         self.selected = task if single else names
 
     def attach(self, model):
-        """Make each nn.Linear that has bases a ShareLinear, in place; bases move to its device.
-        Again after a merge that brings layers. Returns `model`; changes nothing if one is unfit."""
+        """Make each nn.Linear that has bases a ShareLinear, in place, and return `model`; a layer's
+        bases and coefficients move to its device. Again after a merge that brings layers."""
         modules = dict(model.named_modules(remove_duplicate=False))
         attached = self._attached(model)
         linears = {}
@@ -392,7 +392,7 @@ class Share:
         unfit = [name for name, m in attached.items() if "forward" in vars(m) or m.weight.is_meta]
         _require(not unfit, f"layers {unfit}: another forward, or on meta; undo that first")
         for layer, linear in attached.items():
-            if layer in folded.factors:  # a new Parameter, without a graph: the old may be tied
+            if layer in folded.factors:  # a new Parameter: the old one may be tied elsewhere
                 weight = (linear.weight + folded.delta(layer)).to(linear.weight.dtype)
                 linear.weight = nn.Parameter(weight, linear.weight.requires_grad)
             linear.hook.remove()
@@ -412,8 +412,8 @@ class Share:
         BatchNorm's, which all tasks share) are as before; after an exception or Ctrl-C the share
         and `extra` as well. p: pseudo-rank. sigma: coefficients start as the paper's N(0, sigma²)
         (zero on both sides would give no gradient at all). phi: temporary columns a side, fewer
-        than the largest basis has (the paper's bound), trained too; the block then ends in `merge`,
-        at the share's variance, or with `grow` (used only then) by merge(grow=True, variance=1).
+        than the largest basis has (the paper's bound), trained too; with them the block ends in
+        `merge`, at the share's variance, or if `grow` is set by merge(grow=True, variance=1).
         finetune: train an existing task on from where it is; p and sigma play no part."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         attached = self._attached(model, self.layers)
@@ -423,7 +423,7 @@ class Share:
         _require(all(q._base is None for q in extra), "extra holds views (rows?); pass the whole")
         trained = parameters + extra
         start = [tensor.detach().clone() for tensor in trained]
-        before = dict(vars(self))  # shallow will do: `_keep`, `merge` put new dicts in their place
+        before = dict(vars(self))  # shallow: `_keep`, `merge` make new dicts (`_move` does not)
         with frozen(model, extra):  # before the coefficients join the model: they are to be trained
             try:
                 for layer, own in learned.items():
@@ -455,7 +455,7 @@ class Share:
             held = {name: pairs[task] for name, pairs in self.coefficients.items() if task in pairs}
             return {name: nn.ParameterList(e.clone() for e in pair) for name, pair in held.items()}
         self._check_new_task(task)
-        _check_numbers(p="None" if p is None else p)  # a str, so refused: here None is no p
+        _check_numbers(p="None" if p is None else p)  # None would pass as "not given"; refuse it
         _require(sigma > 0, f"sigma is {sigma!r}; it takes a number above 0")
         sizes = [(beta.shape[1], alpha.shape[1]) for beta, alpha in self.bases.values()]
         _require(any(min(pair) > 0 for pair in sizes), "the bases are empty: nothing to learn")
@@ -481,7 +481,7 @@ class Share:
             self.coefficients[layer][task] = tuple(pair)
 
     def save(self, path):
-        """All but the selection, in one .safetensors file, which appears whole or not at all."""
+        """All but the selection and what `learn` holds; the file appears whole or not at all."""
         tensors, widths = {}, {}
         records = {task: dict(record) for task, record in self.records.items()}
         for i, (layer, held) in enumerate(self.coefficients.items()):
@@ -503,7 +503,7 @@ class Share:
     @classmethod
     @not_inference
     def load(cls, path):
-        """Read what `save` wrote; ValueError for any other file, or if a single bit has changed."""
+        """Read what `save` wrote, copied off the file; ValueError for another, or a changed bit."""
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -611,7 +611,7 @@ class ShareLinear(nn.Linear):
         beta, alpha = self.share.bases[self.layer]
         empty = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
         held = self.share.coefficients[self.layer]
-        pairs = [held.get(task, empty) for task in tasks] or [empty]  # no samples: one broadcasts
+        pairs = [held.get(task, empty) for task in tasks] or [empty]  # b = 0: one, broadcast
         eps_beta = stack_padded([eps for eps, _ in pairs])  # (b, kβ, p)
         eps_alpha = stack_padded([eps for _, eps in pairs])  # (b, kα, p); below, a is kα
         z = torch.einsum("b...a,bap->b...p", x.to(alpha.dtype) @ alpha, eps_alpha)  # (b, ..., p)
@@ -627,7 +627,7 @@ def no_shortcut(module, inputs):
 
 @contextlib.contextmanager
 def frozen(model, extra):
-    """A model frozen but `extra`; then requires_grad, .grad, buffers of the same shape return."""
+    """Freeze a model but `extra`; at the end restore requires_grad, .grad, same-shape buffers."""
     flags = [(q, q.requires_grad, q.grad) for q in (*model.parameters(), *extra)]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
