@@ -423,7 +423,7 @@ class Share:
         _require(all(q._base is None for q in extra), "extra holds views (rows?); pass the whole")
         trained = parameters + extra
         start = [tensor.detach().clone() for tensor in trained]
-        before = dict(vars(self))  # shallow: `_keep`, `merge` make new dicts (`_move` does not)
+        before = dict(vars(self))  # these dicts stay: `_keep`, `merge` put new ones in their place
         with frozen(model, extra):  # before the coefficients join the model: they are to be trained
             try:
                 for layer, own in learned.items():
@@ -455,7 +455,7 @@ class Share:
             held = {name: pairs[task] for name, pairs in self.coefficients.items() if task in pairs}
             return {name: nn.ParameterList(e.clone() for e in pair) for name, pair in held.items()}
         self._check_new_task(task)
-        _check_numbers(p="None" if p is None else p)  # None would pass as "not given"; refuse it
+        _require(type(p) is int and p >= 1, f"p is {p!r}; it takes an integer, 1 or more")
         _require(sigma > 0, f"sigma is {sigma!r}; it takes a number above 0")
         sizes = [(beta.shape[1], alpha.shape[1]) for beta, alpha in self.bases.values()]
         _require(any(min(pair) > 0 for pair in sizes), "the bases are empty: nothing to learn")
