@@ -68,14 +68,14 @@ def build_basis(stack, variance=0.6, k=None, center=True):
     if basis is None:
         basis = all_directions(X, variance, k)
     outside = mean - basis @ (basis.T @ mean)
-    # all m columns contain `outside`: in the stack's norm it weighs sqrt(m) times its own
+    # `outside` is in all m columns; together they have sqrt(m) times its norm
     if centred and outside.norm() * X.shape[1] ** 0.5 > NOISE * norm:
         basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
     return basis.to(torch.promote_types(stack.dtype, torch.float32)).contiguous()
 
 def few_directions(X, variance, k):
     """As `all_directions`, for a large X by a randomised search; None where that may not suffice.
-    Taken only if (1) q < few: S has `few` entries, so q = few says that more may be needed;
+    Taken only if (1) q < few: with q = few the search may have ended before `variance` or k is met;
     and (2) X X^T U = U S², to 1e-9 S[0]²: the search has converged. Not checked: that no heavier
     direction was missed; after four iterations that is most unlikely."""
     few = max(48, min(X.shape) // 20)
@@ -136,7 +136,7 @@ def stack_factors(own, other):  # other: only stack_updates needs it
 def stack_updates(own, other):
     """Ours: for each ΔW = own other^T, scaled to norm 1, a thin X with X X^T = ΔW ΔW^T, and so
     with its left singular vectors and values: a task's size and how ΔW is split play no part. own:
-    [(n, r)]; other: [(d, r)]. With other = Q R, X = own R^T: ΔW ΔW^T = own R^T Q^T Q R own^T."""
+    [(n, r)]; other: [(d, r)]. With other = Q R, X = own R^T, as ΔW = own R^T Q^T and Q^T Q = 1."""
     left = stack_padded([factor.double() for factor in own])  # (t, n, r)
     right = stack_padded([factor.double() for factor in other])  # (t, d, r)
     updates = left @ torch.linalg.qr(right, mode="r").R.mT  # (t, n, min(d, r))
@@ -167,7 +167,7 @@ def to_frame(basis, eps, factors):
     frame = torch.cat([basis, Q[:, k:]], dim=1)
     new = frame.T @ factors  # (q, Σr)
     inside = new[k:].norm(dim=0) < NOISE * new.norm(dim=0)  # columns in the basis, but for rounding
-    new[k:, inside] = 0  # `grow` adds directions for what rows k: hold: no rounding may stay
+    new[k:, inside] = 0  # else `grow` would take rounding in rows k: for new directions
     old = torch.cat([basis.new_zeros(k, 0), *eps], dim=1)
     old = nn.functional.pad(old, (0, 0, 0, len(new) - k))  # rows k: are 0: old lie in the basis
     return frame, torch.cat([old, new], dim=1)
@@ -178,7 +178,7 @@ def next_basis(stacked, k_old, variance, k, center, grow):
     from merge to merge, until only the newest tasks are left. With `grow` (ours, too) the old axes
     stay, all of them, and what is outside adds to them, up to `k` in all (never below the old)."""
     if grow:
-        added = build_basis(stacked[k_old:], variance, k, center)  # what rows outside the old hold
+        added = build_basis(stacked[k_old:], variance, k, center)  # the part outside the old basis
         room = None if k is None else max(k - k_old, 0)  # build_basis takes no k = 0: cut instead
         return torch.block_diag(torch.eye(k_old).to(stacked), added[:, :room])
     basis = build_basis(stacked, variance, k, center)
@@ -187,7 +187,7 @@ def next_basis(stacked, k_old, variance, k, center, grow):
         missing = k_old - basis.shape[1]
         if missing > 0:  # the stack has not so many (tasks removed, p small): old axes fill up
             old = torch.eye(len(stacked), k_old).to(stacked)
-            unused = old - basis @ (basis.T @ old)  # rank >= missing, so all are found
+            unused = old - basis @ (basis.T @ old)  # rank >= k_old - (k_old - missing): enough
             basis = torch.cat([basis, build_basis(unused, k=missing)], dim=1)
     return basis
 
@@ -219,7 +219,7 @@ class Adapter:
         pairs = [[f.detach().cpu().double() for f in pair] for pair in self.factors.values()]
         return sum(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())) for B, A in pairs)
     def record(self):
-        """What a share keeps of it besides the factors, copied."""
+        """What a share keeps of it as it is, copied; the factors it keeps only as coefficients."""
         extras = {name: extra.detach().clone() for name, extra in self.extras.items()}
         return {"energy": self.energy(), "extras": extras, "config": copy.deepcopy(self.config)}
 
@@ -315,15 +315,15 @@ class Share:
         if temporary:  # columns (n, phi) and (d, phi); eps_beta has k + phi rows then
             beta = torch.cat([beta, temporary[0].to(beta)], dim=1)
             alpha = torch.cat([alpha, temporary[1].to(alpha)], dim=1)
-        # autocast would round B and A, and go on using a cast of eps from before a step
+        # autocast would round B and A, and its cache would hold eps from before the last step
         with torch.autocast(beta.device.type, enabled=False):
             return beta @ eps_beta.to(beta.dtype), eps_alpha.to(alpha.dtype).T @ alpha.T
 
     def reconstruct(self, task):
-        """The Adapter that the share holds for a task, its extras and config included."""
+        """The Adapter held for a task, with extras and config (while it is learned, without)."""
         pairs = {layer: self.factors(layer, task) for layer in self.layers}
         factors = {layer: pair for layer, pair in pairs.items() if pair is not None}
-        record = copy.deepcopy(self.records.get(task, {"extras": {}, "config": {}}))  # in learn
+        record = copy.deepcopy(self.records.get(task, {"extras": {}, "config": {}}))
         return Adapter(factors, record["extras"], record["config"])
 
     def retained(self):
@@ -362,7 +362,7 @@ class Share:
 
     def attach(self, model):
         """Make each nn.Linear that has bases a ShareLinear, in place, and return `model`; a layer's
-        bases and coefficients move to its device. Again after a merge that brings layers."""
+        bases and coefficients move to its device. Call again after a merge that brings layers."""
         modules = dict(model.named_modules(remove_duplicate=False))
         attached = self._attached(model)
         linears = {}
@@ -378,7 +378,7 @@ class Share:
         for linear, layer in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share, linear.layer = self, layer
-            linear.hook = linear.register_forward_pre_hook(no_shortcut)  # lest it be bypassed
+            linear.hook = linear.register_forward_pre_hook(no_shortcut)  # see there: or be bypassed
             self._move(layer, linear.weight.device)
         return model
 
@@ -414,16 +414,16 @@ class Share:
         (zero on both sides would give no gradient at all). phi: temporary columns a side, fewer
         than the largest basis has (the paper's bound), trained too; with them the block ends in
         `merge`, at the share's variance, or if `grow` is set by merge(grow=True, variance=1).
-        finetune: train an existing task on from where it is; p and sigma play no part."""
+        finetune: train an existing task on; p and sigma play no part, phi has to be 0."""
         _require(not self.learned, f"task {list(self.learned)} {BUSY}")
         attached = self._attached(model, self.layers)
         learned = self._start(task, p, phi, sigma, finetune)
         parameters = [parameter for own in learned.values() for parameter in own]
         extra = list(extra)
-        _require(all(q._base is None for q in extra), "extra holds views (rows?); pass the whole")
+        _require(all(q._base is None for q in extra), "extra: a view (row?) gets no grad; pass all")
         trained = parameters + extra
         start = [tensor.detach().clone() for tensor in trained]
-        before = dict(vars(self))  # these dicts stay: `_keep`, `merge` put new ones in their place
+        before = dict(vars(self))  # `_keep`, `merge` replace these; `_move` changes devices only
         with frozen(model, extra):  # before the coefficients join the model: they are to be trained
             try:
                 for layer, own in learned.items():
@@ -487,7 +487,7 @@ class Share:
         for i, (layer, held) in enumerate(self.coefficients.items()):
             beta, alpha = self.bases[layer]
             empty = beta.new_zeros(beta.shape[1] + alpha.shape[1], 0)  # if no task has the layer
-            eps = torch.cat([empty, *map(torch.cat, held.values())], dim=1)  # (kβ + kα, Σp)
+            eps = torch.cat([empty, *map(torch.cat, held.values())], dim=1)  # ε_β over ε_α, Σp wide
             tensors |= {f"{i}.beta": beta, f"{i}.alpha": alpha, f"{i}.eps": eps}
             widths[layer] = {task: pair[0].shape[1] for task, pair in held.items()}
         for j, record in enumerate(records.values()):
@@ -558,7 +558,7 @@ class Share:
             _require(named, f"task {task!r}: its layers are {list(adapter.factors)}, not names")
             for layer, (B, A) in adapter.factors.items():
                 what = f"task {task!r}, layer {layer!r}: B {tuple(B.shape)}, A {tuple(A.shape)}"
-                shape = (*B.shape[:1], *A.shape[1:])
+                shape = (*B.shape[:1], *A.shape[1:])  # (n, d); slices, as B or A may not be 2-D
                 n_d = shapes.setdefault(layer, shape)  # for a new layer its first adapter decides
                 fits = shape == n_d and B.dim() == A.dim() == 2 and B.shape[1] == len(A) > 0
                 _require(fits, f"{what}; it takes (n, r) and (r, d), here with (n, d) = {n_d}")
@@ -606,14 +606,14 @@ class ShareLinear(nn.Linear):
         return (out + input.to(A.dtype) @ A.T @ B.T).to(out.dtype)  # in the model's dtype
 
     def mixed(self, x, tasks):
-        """Each sample's own update of x (b, ..., d): one product with alpha and one with beta."""
+        """Each sample's own ΔW x, for x (b, ..., d): one product with alpha and one with beta."""
         _require(len(tasks) == len(x), f"{len(tasks)} tasks for a batch of {len(x)} samples")
         beta, alpha = self.share.bases[self.layer]
         empty = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
         held = self.share.coefficients[self.layer]
         pairs = [held.get(task, empty) for task in tasks] or [empty]  # b = 0: one, broadcast
         eps_beta = stack_padded([eps for eps, _ in pairs])  # (b, kβ, p)
-        eps_alpha = stack_padded([eps for _, eps in pairs])  # (b, kα, p); below, a is kα
+        eps_alpha = stack_padded([eps for _, eps in pairs])  # (b, kα, p); einsum: a is kα, k is kβ
         z = torch.einsum("b...a,bap->b...p", x.to(alpha.dtype) @ alpha, eps_alpha)  # (b, ..., p)
         return torch.einsum("b...p,bkp->b...k", z, eps_beta) @ beta.T
     def _apply(self, fn, recurse=True):
@@ -641,7 +641,7 @@ def frozen(model, extra):
             tensor.requires_grad_(requires_grad)
             tensor.grad = None if grad is None else grad.to(tensor)  # the model may have moved
         for name, buffer in model.named_buffers():
-            before = buffers.get(name, buffer).to(buffer)  # new in the block: equals itself, stays
+            before = buffers.get(name, buffer).to(buffer)  # a buffer new in the block is left alone
             if buffer.shape == before.shape and not (buffer.is_meta or buffer.equal(before)):
                 buffer.copy_(before)  # only if it must: a buffer made by expand() cannot be written
 
@@ -651,7 +651,7 @@ def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1
     loss_fn(model, batch) gives a scalar. lr: Adam's rate. extra_parameters: tensors to train along,
     or groups with rates of their own. on_step(step, loss): called after each; may select a task."""
     groups = [dict(g) if isinstance(g, dict) else {"params": g} for g in extra_parameters]  # copies
-    # Adam needs a group to start with: an empty one; Adam also turns generators into lists
+    # Adam wants a group at once (an empty one), and makes generators the lists that `learn` needs
     optimizer = torch.optim.Adam([{"params": []}, *groups], lr=lr)
     extra = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     settings = {"p": p, "phi": phi, "sigma": sigma, "finetune": finetune, "grow": grow}

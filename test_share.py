@@ -936,7 +936,7 @@ def test_in_the_block_what_would_break_it_is_refused_and_the_block_goes_on(call)
     ({"p": 0}, "p is 0"), ({"p": None}, "p is None"), ({"sigma": 0}, "sigma is 0"),
     ({"phi": -1}, "phi is -1"), ({"phi": 1.0}, "phi is 1.0"), ({"phi": 5}, "phi is 5; .* 5"),
     ({"phi": 1, "finetune": True, "task": "a"}, "phi is 1"), ({"task": "a"}, "task 'a' exists"),
-    ({"finetune": True, "task": "x"}, UNKNOWN), ({"extra": torch.ones(3, 2)}, "extra holds views"),
+    ({"finetune": True, "task": "x"}, UNKNOWN), ({"extra": torch.ones(3, 2)}, "extra: a view"),
     ({"model": nn.Identity()}, r"layers \['first', 'second'\] are not attached"),
 ])
 def test_what_learning_cannot_use_is_refused_before_anything_changes(settings, words):
