@@ -1,25 +1,33 @@
 # SPDX-License-Identifier: MIT. (c) 2026 the authors of this implementation; text: end of README.md.
-"""Share: one low-rank subspace for the LoRA adapters of many tasks, a few coefficients per task.
+"""Share: one low-rank subspace for the LoRA adapters of many tasks (arXiv 2602.06043).
 
-LoRA adds ΔW = B A to a frozen weight, one pair (B, A) a task. Share finds bases beta and alpha
-that the pairs of all tasks have in common, and keeps of a task only its coefficients in them:
+LoRA adds ΔW = B A to a frozen weight W0, one B and A for each task. Share keeps bases beta and
+alpha that all tasks have in common, and of each task only its coefficients in them:
 
-    h = W0 x + (beta eps_beta)(alpha eps_alpha)^T x
+    h = W0 x + B A x  with  B = beta eps_beta  and  A = (alpha eps_alpha)^T
 
-    in the code          symbol    shape             what it is
-    weight               W0        n × d             frozen; n = out_features, d = in_features
-    B, A                 B, A      n × r, r × d      one task's LoRA factors, scaling folded in
-    beta, alpha          β, α      n × kβ, d × kα    orthonormal bases; k differs by layer and side
-    eps_beta, eps_alpha  ε_β, ε_α  kβ × p, kα × p    one task's coefficients; p: pseudo-rank
-    phi                  φ         integer           temporary columns while a task is learned
+    W0                   n × d             frozen; n = out_features, d = in_features
+    B, A                 n × r, r × d      one task's LoRA factors, scaling folded in
+    beta, alpha          n × kβ, d × kα    orthonormal bases; k differs by layer and side
+    eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p, the pseudo-rank, may be 1
+    phi                  an integer        columns added to both bases while a task is learned
 
-Phase 1, `Share.from_adapters`: the bases are the main directions of some adapters' stacked factors.
-Phase 2, `Share.learn`: a new task trains its coefficients (with phi > 0, temporary columns too).
-Phase 3, `Share.merge`: the bases take in new adapters; all coefficients follow by projection.
+`factors` are LoRA's (B, A); a `pair` has side 0 and side 1 of a layer, both of columns: (B, A^T).
+Phase 1: the bases are the main directions of some adapters' factors. Phase 2: a new task trains
+its coefficients. Phase 3: new adapters join the bases; all coefficients follow by projection.
 
-A layer's two sides, B with beta and A^T with alpha, are treated alike; comments speak of B's.
-"Ours" marks what the paper (arXiv 2602.06043) lacks; see README.md. No convolutions, quantisation.
+    adapters = {t: Adapter({"head": (torch.randn(64, 4), torch.randn(4, 64))}) for t in "abc"}
+    share = Share.from_adapters({"a": adapters["a"], "b": adapters["b"]})
+    model = share.attach(ToyTransformer())
+    tokens = torch.randint(64, (8, 16))
+    loss_fn = lambda model, tokens: model(tokens).square().mean()
+    train_coefficients(share, model, "new", [tokens] * 9, loss_fn)
+    share.merge({"c": adapters["c"]})
+    share.select("new")  # from now on model(tokens) answers as the task "new"
+
+"Ours" marks what the paper lacks. Absent: convolutions, quantised layers, routing to a task.
 """
+
 import contextlib
 import copy
 import json
@@ -27,552 +35,899 @@ import uuid
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-LARGE = 384  # if neither side of a stack is below it, build_basis tries few_directions first
-NOISE = 1e-6  # below this part of the largest, a number counts as rounding (float32's: about 1e-7)
-VERSION = "share, version 3"  # of the file's format; the key of its metadata
-BUSY = "is being learned: learn, add, merge, remove, detach, a mixed batch with it have to wait"
-UNREACHED = "the loss reached no coefficient, or no step moved one (no_grad? reentrant checkpoint?)"
-not_inference = torch.inference_mode(False)  # a decorator: inference tensors can never be trained
+ROUNDING = 1e-6  # less than this part of the whole counts as rounding (float32's own: 1e-7)
+FORMAT = "share 4"  # of the file that `Share.save` writes
 
-def _require(holds, message):
-    if not holds:
-        raise ValueError(message)
-def _check_numbers(variance=1.0, **counts):
-    _require(0 < variance <= 1, f"variance is {variance!r}; it takes a number above 0, up to 1")
-    for name, value in counts.items():
-        fits = value is None or (type(value) is int and value >= 1)
-        _require(fits, f"{name} is {value!r}; it takes an integer, 1 or more")
-
-# --- Linear algebra: the basis of a stack of columns, the best coefficients of a given rank
-def build_basis(stack, variance=0.6, k=None, center=True):
-    """Orthonormal basis (n, k) of the main directions of the columns of `stack` (n, m).
-    Paper, phase 1: subtract the mean column, take the SVD, keep the fewest left singular vectors
-    that explain the part `variance` of the variance (there 0.6). Ours: the mean is one more
-    direction, since every column contains it and the centred ones need not span it.
-    `k` replaces variance and centring: the k heaviest directions, or all if there are fewer.
-    Computed in float64, returned in float32 at least. ValueError: NaN, or out of range."""
-    _check_numbers(variance, k=k)
-    fits = stack.dim() == 2 and stack.shape[1] > 0 and stack.isfinite().all()
-    _require(fits, f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite values")
-    X = stack.to(torch.float64, copy=True)
-    norm = X.norm()
-    mean = X.mean(dim=1, keepdim=True)
-    centred = center and k is None
-    if centred:
-        X -= mean  # in place: a large stack should not be held three times
-    basis = few_directions(X, variance, k) if min(X.shape) >= LARGE else None
-    if basis is None:
-        basis = all_directions(X, variance, k)
-    outside = mean - basis @ (basis.T @ mean)
-    # `outside` is in all m columns; together they have sqrt(m) times its norm
-    if centred and outside.norm() * X.shape[1] ** 0.5 > NOISE * norm:
-        basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
-    return basis.to(torch.promote_types(stack.dtype, torch.float32)).contiguous()
-
-def few_directions(X, variance, k):
-    """As `all_directions`, for a large X by a randomised search; None where that may not suffice.
-    Taken only if (1) q < few: with q = few the search may have ended before `variance` or k is met;
-    and (2) X X^T U = U S², to 1e-9 S[0]²: the search has converged. Not checked: that no heavier
-    direction was missed; after four iterations that is most unlikely."""
-    few = max(48, min(X.shape) // 20)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        U, S, _ = torch.svd_lowrank(X, few, niter=4)  # U (n, few), S (few): the heaviest first
-    q = count_directions(S**2, X.norm() ** 2, variance, k)
-    error = X @ (X.T @ U[:, :q]) - U[:, :q] * S[:q] ** 2
-    return U[:, :q] if q < few and error.norm() <= 1e-9 * S[0] ** 2 else None
-
-def all_directions(X, variance, k):
-    """The heaviest left singular vectors (n, q) of X (n, m): k, or enough to explain `variance`.
-    By eigh, faster than an SVD; squaring leaves 8 of float64's 16 digits, NOISE needs 6."""
-    # of the smaller Gram matrix: X X^T = U S² U^T if X is wide, else X^T X = V S² V^T
-    wide = X.shape[0] <= X.shape[1]
-    squares, vectors = torch.linalg.eigh(X @ X.T if wide else X.T @ X)  # S² and U, or S² and V
-    squares, vectors = squares.flip(0), vectors.flip(1)  # the heaviest first
-    vectors = vectors[:, : count_directions(squares, squares.sum(), variance, k)]
-    return vectors if wide else torch.linalg.qr(X @ vectors).Q  # X V = U S; Q is U, up to signs
-
-def count_directions(squares, energy, variance, k):
-    """At most k, or the fewest directions that explain `variance`; never what is only rounding.
-    squares: singular values squared, falling, maybe not all of them; energy: the sum of all."""
-    if k is None:
-        # 1 + how many running sums miss variance; 1e-13: one that equals it may be rounded down
-        k = 1 + int((squares.cumsum(0) / energy < variance - 1e-13).sum())
-    return min(k, int((squares > NOISE**2 * squares[:1]).sum()))  # 0 if X is 0 or has no rows
-
-def best_rank(eps_beta, eps_alpha, p):
-    """The coefficients (kβ, p), (kα, p) nearest in ΔW to the (kβ, r), (kα, r) given; p None: these.
-    As the bases are orthonormal, nearest in ΔW is nearest in eps_beta eps_alpha^T: a truncated SVD
-    (Eckart and Young), min(p, kβ, kα, r) columns. If a basis is empty, any p do: ΔW is 0."""
-    if p is None or 0 in (len(eps_beta), len(eps_alpha)):  # [:, :None] is all of them
-        return eps_beta[:, :p], eps_alpha[:, :p]
-    # eps_beta eps_alpha^T = Q_beta (R_beta R_alpha^T) Q_alpha^T, its middle small for any k
-    Q_beta, R_beta = torch.linalg.qr(eps_beta.double())
-    Q_alpha, R_alpha = torch.linalg.qr(eps_alpha.double())
-    U, S, Vh = torch.linalg.svd(R_beta @ R_alpha.T, full_matrices=False)
-    root = S[:p].sqrt()  # S is split evenly
-    best = Q_beta @ (U[:, :p] * root), Q_alpha @ (Vh[:p].T * root)
-    return tuple(eps.to(eps_beta.dtype) for eps in best)
-
-# --- One side of a layer: phases 1 and 3
-def stack_padded(matrices):
-    """[(k, p)] as (t, k, p), filled up with columns of zeros where p differs."""
-    p = max(matrix.shape[1] for matrix in matrices)
-    pad = nn.functional.pad
-    return torch.stack([m if m.shape[1] == p else pad(m, (0, p - m.shape[1])) for m in matrices])
-
-def split_columns(columns, widths):
-    """(k, Σp) as [(k, p)], copies."""
-    return [part.clone(memory_format=torch.contiguous_format) for part in columns.split(widths, 1)]
-
-def stack_factors(own, other):  # other: only stack_updates needs it
-    """The paper's stack (n, Σr): all tasks' factors [(n, r)] of this side, next to each other."""
-    return torch.cat(own, dim=1)
-
-def stack_updates(own, other):
-    """Ours: for each ΔW = own other^T, scaled to norm 1, a thin X with X X^T = ΔW ΔW^T, and so
-    with its left singular vectors and values: a task's size and how ΔW is split play no part. own:
-    [(n, r)]; other: [(d, r)]. With other = Q R, X = own R^T, as ΔW = own R^T Q^T and Q^T Q = 1."""
-    left = stack_padded([factor.double() for factor in own])  # (t, n, r)
-    right = stack_padded([factor.double() for factor in other])  # (t, d, r)
-    updates = left @ torch.linalg.qr(right, mode="r").R.mT  # (t, n, min(d, r))
-    norms = torch.linalg.matrix_norm(updates, keepdim=True)
-    # below NOISE of the largest it may be rounding, not to be blown up; 1e-300: all may be 0
-    norms = norms.clamp_min(NOISE * norms.max() + 1e-300)
-    return (updates / norms).to(own[0].dtype).transpose(0, 1).flatten(1)  # (n, t min(d, r))
-STACKS = {"factors": stack_factors, "updates": stack_updates}
-
-def project(bases, factors, p):
-    """A task's coefficients eps_beta = beta^T B (kβ, r) and eps_alpha = alpha^T A^T (kα, r), or the
-    best of rank p. bases: orthonormal, (n, kβ) and (d, kα). factors: B (n, r) and A^T (d, r)."""
-    eps_beta, eps_alpha = [
-        (basis.double().T @ factor.to(basis.device, torch.float64)).to(basis.dtype)
-        for basis, factor in zip(bases, factors)
-    ]
-    return best_rank(eps_beta, eps_alpha, p)
-
-def to_frame(basis, eps, factors):
-    """For phase 3, one side: an orthonormal frame (n, q) that spans the basis and all factors.
-    Its first k columns are the basis (n, k); the others hold what new factors [(n, r)] add to it.
-    Returns it and coordinates (q, Σp), the old tasks' (eps) first: factor = frame @ coordinates."""
-    k = basis.shape[1]
-    basis = basis.double()
-    factors = torch.cat(factors, dim=1).to(basis)
-    Q = torch.linalg.qr(torch.cat([basis, factors], dim=1)).Q
-    # not Q's own first k columns, whose signs may differ: eps are coordinates in the basis
-    frame = torch.cat([basis, Q[:, k:]], dim=1)
-    new = frame.T @ factors  # (q, Σr)
-    inside = new[k:].norm(dim=0) < NOISE * new.norm(dim=0)  # columns in the basis, but for rounding
-    new[k:, inside] = 0  # else `grow` would take rounding in rows k: for new directions
-    old = torch.cat([basis.new_zeros(k, 0), *eps], dim=1)
-    old = nn.functional.pad(old, (0, 0, 0, len(new) - k))  # rows k: are 0: old lie in the basis
-    return frame, torch.cat([old, new], dim=1)
-
-def next_basis(stacked, k_old, variance, k, center, grow):
-    """The next basis (q, k) in a frame whose first k_old axes are the old one: phase 1 once more.
-    Ours: without `k` it is no smaller than the old one. By the variance rule alone it could shrink
-    from merge to merge, until only the newest tasks are left. With `grow` (ours, too) the old axes
-    stay, all of them, and what is outside adds to them, up to `k` in all (never below the old)."""
-    if grow:
-        added = build_basis(stacked[k_old:], variance, k, center)  # the part outside the old basis
-        room = None if k is None else max(k - k_old, 0)  # build_basis takes no k = 0: cut instead
-        return torch.block_diag(torch.eye(k_old).to(stacked), added[:, :room])
-    basis = build_basis(stacked, variance, k, center)
-    if k is None and basis.shape[1] < k_old:
-        basis = build_basis(stacked, k=k_old)  # so many instead, whatever variance they explain
-        missing = k_old - basis.shape[1]
-        if missing > 0:  # the stack has not so many (tasks removed, p small): old axes fill up
-            old = torch.eye(len(stacked), k_old).to(stacked)
-            unused = old - basis @ (basis.T @ old)  # rank >= k_old - (k_old - missing): enough
-            basis = torch.cat([basis, build_basis(unused, k=missing)], dim=1)
-    return basis
-
-def merge_side(basis, frame, coordinates, widths, stacked, **rule):
-    """Phase 3 for one side: the next basis (n, k), and all tasks' coefficients [(k, p)].
-    As published: (1) rebuild the old tasks' factors, beta eps; (2) stack them with the new ones;
-    (3) SVD: the next basis; (4) all new coefficients, (new basis)^T factor. Here the same in the
-    coordinates of `to_frame`: q rows (at most k + the new tasks' Σr), not n.
-    coordinates: (q, Σp), of all tasks' factors, task i's in widths[i] columns. stacked: (q, m), the
-    stack to take directions from (with grow, of the new tasks alone). rule: `next_basis`'s."""
-    next_in_frame = next_basis(stacked, basis.shape[1], **rule)  # (q, next k)
-    next_eps = (next_in_frame.T @ coordinates).to(basis.dtype)  # (next k, Σp)
-    return (frame @ next_in_frame).to(basis.dtype), split_columns(next_eps, widths)
 
 @dataclass
 class Adapter:
-    """One task's LoRA adapter. factors: layer name -> (B (n, r), A (r, d)), ΔW = B A, every scaling
-    folded in. extras: what travels along untouched (heads, biases). config: adapter_config.json."""
+    """One task's LoRA adapter: ΔW = B A in each of its layers.
+
+    factors: layer name -> (B (n, r), A (r, d)), every scaling folded in. extras: what travels with
+    it: heads, biases. config: adapter_config.json as read, or {}. From a live PEFT model: B is
+    lora_B.weight times the layer's scaling, A is lora_A.weight; drop "base_model.model." in names.
+    """
+
     factors: dict[str, tuple[Tensor, Tensor]]
     extras: dict[str, Tensor] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
 
     def delta(self, layer):
-        """ΔW (n, d) of one layer, multiplied in float64, which autocast leaves alone."""
+        """ΔW (n, d) of one layer."""
         B, A = self.factors[layer]
-        return (B.double() @ A.double()).to(B.dtype)
+        return exact_product(B, A)
+
     def energy(self):
-        """‖ΔW‖² of all layers, without a ΔW: ‖B A‖² = trace(B^T B A A^T) = Σ (B^T B) * (A A^T)."""
-        pairs = [[f.detach().cpu().double() for f in pair] for pair in self.factors.values()]
-        return sum(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())) for B, A in pairs)
-    def record(self):
-        """What a share keeps of it as it is, copied; the factors it keeps only as coefficients."""
-        extras = {name: extra.detach().clone() for name, extra in self.extras.items()}
-        return {"energy": self.energy(), "extras": extras, "config": copy.deepcopy(self.config)}
+        """‖ΔW‖² of all layers together."""
+        energy = 0.0
+        for factors in self.factors.values():
+            B, A = [factor.detach().cpu().double() for factor in factors]
+            # ‖B A‖² = trace(B^T B A A^T), which needs no B A
+            energy += float(((B.T @ B) * (A @ A.T)).sum())
+        return energy
+
+
+def exact_product(a, b):
+    """a @ b, computed in float64, in a's dtype. Autocast leaves float64 alone."""
+    return (a.double() @ b.double()).to(a.dtype)
+
+
+# --- The layer
+
+
+def lora_factors(bases, eps):
+    """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
+    beta, alpha = bases
+    eps_beta, eps_alpha = eps
+    # Autocast would round B and A, and reuse a rounded eps from before an optimizer's step.
+    with torch.autocast(beta.device.type, enabled=False):
+        B = beta @ eps_beta.to(beta.dtype)
+        A = eps_alpha.to(alpha.dtype).T @ alpha.T
+    return B, A
+
+
+def no_columns(bases):
+    """The coefficients (kβ, 0) and (kα, 0) of a task that leaves the layer alone."""
+    return tuple(basis.new_zeros(basis.shape[1], 0) for basis in bases)
+
+
+def stack_padded(matrices):
+    """[(k, p)] as (t, k, p), with columns of zeros where p is smaller than elsewhere."""
+    widths = [matrix.shape[1] for matrix in matrices]
+    if min(widths) < max(widths):
+        matrices = [nn.functional.pad(m, (0, max(widths) - m.shape[1])) for m in matrices]
+    return torch.stack(matrices)
+
+
+class ShareLinear(nn.Linear):
+    """h = W0 x + (beta eps_beta)(alpha eps_alpha)^T x; `Share.attach` makes it of an nn.Linear."""
+
+    share: "Share"
+    layer: str  # its name there
+
+    def forward(self, input):
+        out = super().forward(input)  # W0 x, plus a bias
+        selected = self.share.selected
+        if selected is None:
+            return out
+        if isinstance(selected, tuple):
+            return (out + self.mixed(input, selected)).to(out.dtype)
+        factors = self.share.factors(self.layer, selected)
+        if factors is None:  # the task leaves this layer alone
+            return out
+        B, A = factors  # formed once; each token then costs what it costs in a LoRA of rank p
+        x = input.to(A.dtype)
+        delta_x = nn.functional.linear(nn.functional.linear(x, A), B)
+        return (out + delta_x).to(out.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
+
+    def mixed(self, x, tasks):
+        """Each sample's own ΔW x, for x (s, ..., d) and s tasks, some of which may be None."""
+        if len(tasks) != len(x):
+            raise ValueError(f"{len(tasks)} tasks are selected for a batch of {len(x)} samples")
+        beta, alpha = self.share.bases[self.layer]
+        held = self.share.coefficients[self.layer]
+        nothing = no_columns((beta, alpha))  # for None, and for a task without this layer
+        eps_betas = [held.get(task, nothing)[0] for task in tasks]
+        eps_alphas = [held.get(task, nothing)[1] for task in tasks]
+        x = x.to(alpha.dtype) @ alpha  # in einsum: s is the sample, a is kα, b is kβ
+        z = torch.einsum("s...a,sap->s...p", x, stack_padded(eps_alphas))
+        return torch.einsum("s...p,sbp->s...b", z, stack_padded(eps_betas)) @ beta.T
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)  # behind model.to(), .cuda() and .half()
+        self.share._move(self.layer, self.weight.device)
+        return self
+
+
+def learned_factors(bases, parameters):
+    """LoRA's (B, A) of a task that is being learned.
+
+    parameters: {"eps_beta", "eps_alpha": (k + phi, p)} and, if phi > 0, temporary columns next to
+    the bases, {"columns_beta": (n, phi), "columns_alpha": (d, phi)}.
+    """
+    beta, alpha = bases
+    if "columns_beta" in parameters:
+        beta = torch.cat([beta, parameters["columns_beta"].to(beta.dtype)], dim=1)
+        alpha = torch.cat([alpha, parameters["columns_alpha"].to(alpha.dtype)], dim=1)
+    return lora_factors((beta, alpha), (parameters["eps_beta"], parameters["eps_alpha"]))
+
+
+# --- Phases 1 and 3 for one layer
+
+
+def build_basis(stack, variance=0.6, k=None):
+    """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
+
+    The paper's phase 1: subtract the mean column, take the SVD, keep the fewest left singular
+    vectors that explain the fraction `variance` (there 0.6). Ours: the mean, a part of every
+    column, is kept as one more direction. With `k` instead: the k heaviest directions, uncentred,
+    or all if there are fewer. Computed in float64; the result is float32 at least. ValueError:
+    variance or k out of range; a stack that is not (n, m >= 1), or not finite.
+    """
+    check_numbers(variance, k=k)
+    if stack.dim() != 2 or stack.shape[1] == 0 or not stack.isfinite().all():
+        raise ValueError(f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite numbers")
+    dtype = torch.promote_types(stack.dtype, torch.float32)
+    return main_directions(stack, variance, k, centred=k is None).to(dtype).contiguous()
+
+
+def main_directions(stack, variance, k, centred):
+    """`build_basis` without its checks, in float64; whether to centre is for the caller to say."""
+    X = stack.double()
+    norm = X.norm()  # before centring: of equal columns it leaves rounding, which is no direction
+    if not centred:
+        return heaviest(X, variance, k, norm)
+    mean = X.mean(dim=1, keepdim=True)
+    X = X - mean
+    basis = heaviest(X, variance, k, norm)
+    outside = mean - basis @ (basis.T @ mean)
+    norm_outside = outside.norm() * X.shape[1] ** 0.5  # of m copies: each of the m columns has one
+    if norm_outside > ROUNDING * norm:
+        basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
+    return basis
+
+
+def heaviest(X, variance, k, norm):
+    """The heaviest left singular vectors of X (n, m): k, or the fewest that explain `variance`.
+
+    Those whose singular value is rounding beside `norm` are left out. By the Gram matrix: faster
+    than an SVD, and it resolves singular values down to 1e-8 of the heaviest.
+    """
+    tall = X.shape[0] > X.shape[1]
+    if tall:
+        squares, vectors = torch.linalg.eigh(X.T @ X)  # X = U S V^T: this is V S² V^T
+    else:
+        squares, vectors = torch.linalg.eigh(X @ X.T)  # U S² U^T
+    squares = squares.flip(0)  # the heaviest first
+    vectors = vectors.flip(1)
+    rank = int((squares > (ROUNDING * norm) ** 2).sum())
+    if rank == 0:
+        return X.new_zeros(len(X), 0)
+    if k is None:
+        explained = squares.cumsum(0) / squares.sum()  # by the first, the first two, …
+        is_too_little = explained < variance - 1e-13  # the sums are rounded
+        k = 1 + int(is_too_little.sum())
+    vectors = vectors[:, : min(k, rank)]
+    if tall:
+        return torch.linalg.qr(X @ vectors).Q  # X V = U S
+    return vectors
+
+
+def stack_of(pairs, side, kind):
+    """The stack (n, m) of one side of {task: (B (n, r), A^T (d, r))}.
+
+    kind: "factors", the paper's: the factors next to each other. "updates", ours: `thin_updates`
+    next to each other, so that neither ‖ΔW‖ nor how ΔW is split into B and A plays a part.
+    """
+    own = [pair[side] for pair in pairs.values()]
+    other = [pair[1 - side] for pair in pairs.values()]
+    if kind == "factors":
+        return torch.cat(own, dim=1)
+    return torch.cat(thin_updates(own, other).unbind(), dim=1)
+
+
+def thin_updates(own, other):
+    """(t, n, r), float64: for each M = own other^T (ΔW or ΔW^T) a T with T T^T = M M^T / ‖M‖²."""
+    # other = Q R with Q^T Q = 1, so M = own R^T Q^T, and M M^T = (own R^T) (own R^T)^T.
+    R = torch.linalg.qr(stack_padded(other).double(), mode="r").R
+    thin = stack_padded(own).double() @ R.mT
+    norms = torch.linalg.matrix_norm(thin, keepdim=True)  # ‖M‖
+    if norms.max() == 0:
+        return thin
+    # An M below ROUNDING of the largest may be pure rounding: do not scale it up to norm 1.
+    thin /= norms.clamp_min(ROUNDING * norms.max())
+    return thin
+
+
+def project(bases, pair):
+    """A pair's coordinates in orthonormal bases: of (B, A^T), beta^T B and alpha^T A^T, (k, r)."""
+    beta, alpha = bases
+    B, A_T = pair
+    return exact_product(beta.T, B), exact_product(alpha.T, A_T)
+
+
+def best_rank(eps, p):
+    """Coefficients with at most p columns, with the least change of ΔW.
+
+    ΔW = beta (eps_beta eps_alpha^T) alpha^T, and orthonormal bases keep distances: the middle's
+    truncated SVD (Eckart and Young), its singular values split evenly.
+    """
+    eps_beta, eps_alpha = eps
+    p = min(p, eps_beta.shape[1])
+    middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
+    if 0 in middle.shape:  # a basis is empty: ΔW is 0, any p columns do; the SVD would have none
+        return eps_beta[:, :p], eps_alpha[:, :p]
+    U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
+    root = S[:p].sqrt()
+    best_beta = U[:, :p] * root
+    best_alpha = Vh[:p].T * root
+    return best_beta.to(eps_beta.dtype), best_alpha.to(eps_alpha.dtype)
+
+
+def build_layer(pairs, kind, variance, k, at_least=(0, 0)):
+    """Phase 1, from {task: (B, A^T)}: a layer's bases (beta, alpha) and {task: coefficients}.
+
+    at_least: for each side, the k to take where `variance` asks for fewer directions.
+    """
+    dtype = next(iter(pairs.values()))[0].dtype
+    # The columns of thin updates have arbitrary signs: a mean of them means nothing.
+    centred = kind == "factors" and k is None
+    bases = []
+    for side in (0, 1):
+        stack = stack_of(pairs, side, kind)
+        basis = main_directions(stack, variance, k, centred)
+        if k is None and basis.shape[1] < at_least[side]:
+            basis = main_directions(stack, variance, at_least[side], centred=False)
+        bases.append(basis.to(dtype).contiguous())
+        del stack, basis  # they may be large: before the other side's are made
+    coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
+    return tuple(bases), coefficients
+
+
+def merge_layer(bases, old, new, kind, variance, k):
+    """Phase 3, from old {task: coefficients} and new {task: (B, A^T)}: bases, all coefficients.
+
+    As published: rebuild the old factors, beta eps_beta; put the new ones beside them; phase 1.
+    Here, only for speed, in the coordinates of a frame: orthonormal columns (n, q) that span the
+    old basis and the new factors, q much smaller than n. Ours: without `k`, no basis gets smaller
+    while the stack has directions for it.
+    """
+    frames = []
+    for side in (0, 1):
+        columns = [bases[side].double()] + [pair[side].double() for pair in new.values()]
+        frame = torch.linalg.qr(torch.cat(columns, dim=1)).Q
+        frames.append(frame.to(bases[side].dtype))
+
+    pairs = {}
+    in_frame = [exact_product(frame.T, basis) for frame, basis in zip(frames, bases, strict=True)]
+    for task, eps in old.items():
+        pairs[task] = exact_product(in_frame[0], eps[0]), exact_product(in_frame[1], eps[1])
+    for task, pair in new.items():
+        pairs[task] = project(frames, pair)
+
+    old_sizes = [basis.shape[1] for basis in bases]
+    next_in_frame, coefficients = build_layer(pairs, kind, variance, k, at_least=old_sizes)
+    next_beta = exact_product(frames[0], next_in_frame[0])
+    next_alpha = exact_product(frames[1], next_in_frame[1])
+    return (next_beta, next_alpha), coefficients
+
+
+def grow_layer(bases, old, new, kind, variance, k):
+    """Phase 3, ours: the bases stay, what the new stack has outside them adds directions.
+
+    variance: the fraction to explain of what is outside (uncentred). k: instead, the columns up to
+    which a basis may grow.
+    """
+    grown = []
+    for side in (0, 1):
+        basis = bases[side]
+        outside = outside_of(basis, stack_of(new, side, kind))
+        room = None if k is None else max(0, k - basis.shape[1])
+        added = main_directions(outside, variance, room, centred=False)
+        grown.append(torch.cat([basis, added.to(basis.dtype)], dim=1))
+
+    coefficients = {}
+    beta, alpha = grown
+    for task, (eps_beta, eps_alpha) in old.items():
+        coefficients[task] = pad_rows(eps_beta, beta.shape[1]), pad_rows(eps_alpha, alpha.shape[1])
+    for task, pair in new.items():
+        coefficients[task] = project(grown, pair)
+    return (beta, alpha), coefficients
+
+
+def pad_rows(eps, k):
+    """eps with rows of zeros below, k rows in all."""
+    return nn.functional.pad(eps, (0, 0, 0, k - len(eps)))
+
+
+def outside_of(basis, stack):
+    """What the columns of a stack (n, m) have outside a basis, where that is not just rounding."""
+    stack = stack.double()
+    Q = torch.linalg.qr(basis.double()).Q  # a float32 basis is orthonormal only to 1e-7
+    outside = stack - Q @ (Q.T @ stack)
+    # A column inside the basis leaves its rounding outside. A column that is but rounding itself
+    # (1e-16 of the others) lies anywhere. Alone, either would be taken for a direction.
+    lengths = stack.norm(dim=0)
+    is_inside = outside.norm(dim=0) <= ROUNDING * lengths
+    is_rounding = lengths <= 1e-12 * lengths.norm()
+    return outside[:, ~(is_inside | is_rounding)]
+
+
+# --- The share: phases 1, 2 and 3
+
 
 class Share:
-    """All layers' bases and all tasks' coefficients, each kept in this one place only.
-    bases: {layer: (beta, alpha)}. coefficients: {layer: {task: (eps_beta, eps_alpha)}}. records:
-    {task: Adapter.record()}, its energy ‖ΔW‖² as the task came in or was trained. selected: a task,
-    None, or a tuple with one for each sample. learned: {task: {layer: parameters}}, during `learn`.
-    A method that raises ValueError (a name unknown, a number out of range) changes nothing."""
-    def __init__(self, variance=0.6, center=True, stack="factors"):
-        _check_numbers(variance)
-        _require(stack in STACKS, f"stack is {stack!r}; it takes one of {list(STACKS)}")
-        self.variance, self.stack = variance, stack
-        self.center = center and stack == "factors"  # signs of updates' columns mean nothing
-        self.bases, self.coefficients = {}, {}
-        self.records, self.learned = {}, {}
+    """The bases of all layers and the coefficients of all tasks, each in this one place only.
+
+    bases: {layer: (beta (n, k), alpha (d, k))}.
+    coefficients: {layer: {task: (eps_beta (k, p), eps_alpha (k, p))}}.
+    records: {task: what else is kept of its adapter, see `_record`}.
+    selected: a task, None, or a tuple of these, one for each sample of a batch.
+    learning: the task that a block of `learn` trains, else None.
+    trained: {layer: nn.ParameterDict} of that task, else {}.
+    A method that raises ValueError has changed nothing in the share.
+    """
+
+    def __init__(self, variance=0.6, stack="factors"):
+        check_numbers(variance)
+        if stack not in ("factors", "updates"):
+            raise ValueError(f"stack is {stack!r}; it takes 'factors' or 'updates'")
+        self.variance = variance
+        self.stack = stack
+        self.bases = {}
+        self.coefficients = {}
+        self.records = {}
         self.selected = None
-    tasks = property(lambda self: list(self.records), doc="The tasks' names, oldest first.")
-    layers = property(lambda self: list(self.bases), doc="The layers' names.")
+        self.learning = None
+        self.trained = {}
+
+    @property
+    def tasks(self):
+        """The tasks' names, oldest first."""
+        return list(self.records)
+
+    @property
+    def layers(self):
+        """The layers' names."""
+        return list(self.bases)
 
     @classmethod
-    @not_inference
-    def from_adapters(cls, adapters, *, variance=0.6, k=None, center=True, stack="factors", p=None):
-        """Phase 1: a share of {task: Adapter}, one or more. variance, k, center: see build_basis.
-        stack: "factors" or "updates" (not centred), see stack_*. p: pseudo-rank, None: as it is."""
-        _check_numbers(p=p)
-        share = cls(variance, center, stack)
-        for layer, new in share._check_adapters(adapters).items():  # new: {task: (B, A^T)}
-            lefts, rights = [B for B, _ in new.values()], [A_T for _, A_T in new.values()]
-            beta = build_basis(STACKS[stack](lefts, rights), variance, k, share.center)
-            alpha = build_basis(STACKS[stack](rights, lefts), variance, k, share.center)
-            share.bases[layer] = beta, alpha
-            share.coefficients[layer] = {t: project((beta, alpha), new[t], p) for t in new}
-        share.records = {task: adapter.record() for task, adapter in adapters.items()}
+    def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=None):
+        """Phase 1: a share of {task: Adapter}, one or more. p: pseudo-rank, None: each task's own.
+
+        variance, k: see `build_basis`. The paper's 0.6 may keep little of unrelated adapters: look
+        at `retained()`. stack: "factors" (the paper's) or "updates" (ours), see `stack_of`.
+        """
+        check_numbers(k=k, p=p)
+        share = cls(variance, stack)
+        for layer, pairs in share._pairs_by_layer(adapters).items():
+            bases, coefficients = build_layer(pairs, share.stack, variance, k)
+            if p is not None:
+                coefficients = {task: best_rank(eps, p) for task, eps in coefficients.items()}
+            share.bases[layer] = bases
+            share.coefficients[layer] = coefficients
+        share.records = {task: share._record(adapter) for task, adapter in adapters.items()}
         return share
 
-    @not_inference
-    def add(self, task, adapter, p=None):
-        """Project one more task onto the bases, which stay; p: pseudo-rank, None for its own rank.
-        What lies outside is lost (`retained` tells how much); `merge` would take it in."""
-        _require(not self.learned, f"task {list(self.learned)} {BUSY}")
-        _check_numbers(p=p)
-        unknown = [layer for layer in adapter.factors if layer not in self.bases]
-        _require(not unknown, f"task {task!r}, layer {unknown}: no bases yet; merge() makes them")
-        checked = self._check_adapters({task: adapter})
-        pairs = {layer: project(self.bases[layer], new[task], p) for layer, new in checked.items()}
-        self.records[task] = adapter.record()
-        for layer, pair in pairs.items():  # all is computed: nothing can be left half-done
-            self.coefficients[layer][task] = pair
-
-    @not_inference
-    def merge(self, adapters, *, variance=None, k=None, grow=False):
-        """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
-        The bases become the main directions of all tasks' stack, without `k` no smaller than they
-        were; earlier tasks may move. With `grow` (ours) they stay, earlier tasks' ΔW as well, and
-        what the new adapters have outside adds directions. variance: the part to explain (with
-        grow, of what is outside); None: the share's, even if it was made with a k.
-        k: instead of variance, at most k a side, maybe fewer than now; grow keeps all old ones."""
-        _require(not self.learned, f"task {list(self.learned)} {BUSY}")
-        variance = self.variance if variance is None else variance
-        rule = {"variance": variance, "k": k, "center": self.center, "grow": grow}
-        bases, coefficients = {}, {}
-        for layer, new in self._check_adapters(adapters).items():  # new: {task: (B, A^T)}
-            lefts, rights = [B for B, _ in new.values()], [A_T for _, A_T in new.values()]
-            beta, alpha = self.bases.get(layer, (lefts[0][:, :0], rights[0][:, :0]))  # or empty
-            old = self.coefficients.get(layer, {})
-            frame_b, all_b = to_frame(beta, [pair[0] for pair in old.values()], lefts)
-            frame_a, all_a = to_frame(alpha, [pair[1] for pair in old.values()], rights)
-            widths = [pair[0].shape[1] for pair in (*old.values(), *new.values())]
-            counted = slice(len(old) if grow else 0, None)  # growing looks at the new tasks alone
-            left_parts = all_b.split(widths, dim=1)[counted]
-            right_parts = all_a.split(widths, dim=1)[counted]
-            left_stack = STACKS[self.stack](left_parts, right_parts)
-            right_stack = STACKS[self.stack](right_parts, left_parts)
-            next_beta, eps_betas = merge_side(beta, frame_b, all_b, widths, left_stack, **rule)
-            next_alpha, eps_alphas = merge_side(alpha, frame_a, all_a, widths, right_stack, **rule)
-            bases[layer] = next_beta, next_alpha
-            coefficients[layer] = dict(zip([*old, *new], zip(eps_betas, eps_alphas)))
-        self.records = self.records | {t: adapter.record() for t, adapter in adapters.items()}
-        self.bases = self.bases | bases
-        self.coefficients = self.coefficients | coefficients
-
-    def factors(self, layer, task):
-        """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d), laid out as LoRA's.
-        None where the task has none. Of a task that is being learned they carry gradients."""
-        if task not in self.learned:
-            self._check_task(task)
-        beta, alpha = self.bases[layer]
-        pair = self.learned.get(task, {}).get(layer, self.coefficients[layer].get(task))
-        if pair is None:
-            return None
-        eps_beta, eps_alpha, *temporary = pair
-        if temporary:  # columns (n, phi) and (d, phi); eps_beta has k + phi rows then
-            beta = torch.cat([beta, temporary[0].to(beta)], dim=1)
-            alpha = torch.cat([alpha, temporary[1].to(alpha)], dim=1)
-        # autocast would round B and A, and its cache would hold eps from before the last step
-        with torch.autocast(beta.device.type, enabled=False):
-            return beta @ eps_beta.to(beta.dtype), eps_alpha.to(alpha.dtype).T @ alpha.T
-
-    def reconstruct(self, task):
-        """The Adapter held for a task, with extras and config (while it is learned, without)."""
-        pairs = {layer: self.factors(layer, task) for layer in self.layers}
-        factors = {layer: pair for layer, pair in pairs.items() if pair is not None}
-        record = copy.deepcopy(self.records.get(task, {"extras": {}, "config": {}}))
-        return Adapter(factors, record["extras"], record["config"])
-
-    def retained(self):
-        """{task: its ‖ΔW‖² now, of all layers, over what came in or was trained}, about 0 … 1."""
-        held = {task: self.reconstruct(task).energy() for task in self.tasks}
-        return {t: held[t] / r["energy"] if r["energy"] else 1.0 for t, r in self.records.items()}
-
-    def remove(self, task):
-        """Forget a task; the bases stay. A selection that names it becomes None."""
-        _require(not self.learned, f"task {list(self.learned)} {BUSY}")
-        self._check_task(task)
-        for held in (self.records, *self.coefficients.values()):
-            held.pop(task, None)
-        chosen = self.selected if isinstance(self.selected, tuple) else (self.selected,)
-        self.selected = None if task in chosen else self.selected
-
-    def num_parameters(self, task=None):
-        """How many numbers are stored: for one task (coefficients, extras), or in all."""
-        if task is None:
-            bases = [basis.numel() for pair in self.bases.values() for basis in pair]
-            return sum(bases) + sum(self.num_parameters(task) for task in self.tasks)
-        self._check_task(task)
-        eps = [e for held in self.coefficients.values() for e in held.get(task, ())]
-        return sum(tensor.numel() for tensor in (*eps, *self.records[task]["extras"].values()))
-
-    def select(self, task):
-        """What attached models add from now on: one task; nothing (None); or for a mixed batch a
-        sequence, with one or the other for each sample along the first dimension."""
-        single = task is None or isinstance(task, str)
-        names = (task,) if single else tuple(task)
-        for name in set(names) - {None, *self.learned}:
-            self._check_task(name)
-        allowed = single or self.learned.keys().isdisjoint(names)  # `mixed` reads stored ones only
-        _require(allowed, f"task {list(self.learned)} {BUSY}")
-        self.selected = task if single else names
-
     def attach(self, model):
-        """Make each nn.Linear that has bases a ShareLinear, in place, and return `model`; a layer's
-        bases and coefficients move to its device. Call again after a merge that brings layers."""
+        """Make each nn.Linear that has bases a ShareLinear, in place; returns the model.
+
+        Layers are named as in `model.named_modules()`. Attach again where a merge has brought, or
+        the model replaced, a layer. Code that reads a weight instead of calling the layer sees W0
+        only: TRL with lm_head, diffusers after fuse_qkv_projections, some blocks of timm and Mamba.
+        """
         modules = dict(model.named_modules(remove_duplicate=False))
         attached = self._attached(model)
         linears = {}
-        for layer in [layer for layer in self.layers if layer not in attached]:
-            linear, shape = modules.get(layer), tuple(len(basis) for basis in self.bases[layer])
-            plain = type(linear) is nn.Linear and isinstance(linear.weight, nn.Parameter)
-            plain = plain and "forward" not in vars(linear) and not linear.weight.is_meta
-            what = f"layer {layer!r} is {linear or 'missing'}"
-            _require(plain, f"{what}; it takes a plain nn.Linear, forward unpatched, not on meta")
-            _require(linear.weight.shape == shape, f"{what}; its bases take {shape}")
-            _require(linear not in linears, f"layer {layer!r} has a second name in the share")
-            linears[linear] = layer
-        for linear, layer in linears.items():
+        for layer, (beta, alpha) in self.bases.items():
+            if layer in attached:
+                continue
+            if layer not in modules:
+                raise ValueError(f"the model has no layer {layer!r}")
+            linear = modules[layer]
+            if linear in linears.values() or linear in attached.values():
+                raise ValueError(f"layer {layer!r} has a second name in the share")
+            if isinstance(linear, ShareLinear):
+                raise ValueError(f"layer {layer!r} {ANOTHER_SHARE}")
+            check_linear(layer, linear, nn.Linear)
+            if linear.weight.shape != (len(beta), len(alpha)):
+                shape = f"({len(beta)}, {len(alpha)})"
+                raise ValueError(f"layer {layer!r} is {linear}; its bases take (n, d) = {shape}")
+            linears[layer] = linear
+        for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            linear.share, linear.layer = self, layer
-            linear.hook = linear.register_forward_pre_hook(no_shortcut)  # see there: or be bypassed
+            linear.share = self
+            linear.layer = layer
+            linear.hook = linear.register_forward_pre_hook(keep_forward_called)
             self._move(layer, linear.weight.device)
         return model
 
-    @not_inference
+    def select(self, task):
+        """What attached models add from now on: a task's ΔW, none, or one for each sample.
+
+        task: a name, None, or for a mixed batch a sequence of these, one for each entry along the
+        first dimension (with beams, each beam is one). There is one selection, for all threads.
+        """
+        if task is None or isinstance(task, str):
+            if task != self.learning and task is not None:
+                self._check_task(task)
+            self.selected = task
+            return
+        tasks = tuple(task)
+        if self.learning is not None and self.learning in tasks:
+            raise ValueError(f"task {self.learning!r} is being learned: not in a mixed batch")
+        for name in tasks:
+            if name is not None:
+                self._check_task(name)
+        self.selected = tasks
+
+    @contextlib.contextmanager
+    def learn(self, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False, grow=True):
+        """Phase 2, for any training loop: what the block trains becomes the task's coefficients.
+
+            with share.learn(model, "three", p=1) as parameters:
+                my_loop(model)  # AdamW(parameters, lr=1e-2), a Trainer, ...
+            share.select("three")
+
+        In the block the task is selected, and its parameters are all of the model that requires
+        gradients. Create inside the block whatever has to know them:
+        - the optimizer, with a rate near 1e-2 (5e-5 does nothing);
+        - DistributedDataParallel; fully_shard, which makes new parameters: take the model's;
+        - moving averages, to be copied into the model before the block ends.
+        A head to train along is unfrozen inside; you keep it, per task, and all tasks feel it.
+
+        p: pseudo-rank, the columns of the coefficients.
+        phi: temporary columns a side, trained too; the task is merged when the block ends.
+        sigma, seed: coefficients start as N(0, sigma²), alike in every process.
+        finetune: train an existing task on, from what it has; then phi is 0.
+        grow: the merge after phi > 0 is merge(grow=True, variance=1), which loses nothing. False:
+            the paper's, after which little of the task may be left; look at `retained()`.
+
+        A layer whose parameters have not moved is no part of the task (weight decay moves, too).
+        ValueError if none has; then, as after any exception, nothing is kept. At the end
+        requires_grad and the buffers of the model are as before.
+        """
+        self._check_idle()
+        start = self._resume(task, phi) if finetune else self._start(task, p, phi, sigma, seed)
+        attached = self._attached(model, needed=start)
+        trained = copy.deepcopy(start)
+        with frozen(model), self._training(task, trained, attached):
+            yield [parameter for module in trained.values() for parameter in module.values()]
+        moved = moved_layers(start, trained)
+        if not moved:
+            reason = "was the optimizer made before the block, no step taken, or no layer reached?"
+            raise ValueError(f"task {task!r}: no parameter has moved; {reason}")
+        self._keep(task, moved, phi, grow)
+
+    @contextlib.contextmanager
+    def _training(self, task, trained, attached):
+        """For a block, select a task whose factors come from {layer: nn.ParameterDict}."""
+        selected = self.selected
+        self.selected = task
+        self.learning = task
+        self.trained = trained
+        for layer, module in trained.items():
+            attached[layer].learned = module  # a submodule: model.parameters() has its parameters
+        try:
+            yield
+        finally:
+            self.selected = selected
+            self.learning = None
+            self.trained = {}
+            for layer in trained:
+                del attached[layer].learned
+
+    def _start(self, task, p, phi, sigma, seed):
+        """Where a new task starts: {layer: nn.ParameterDict}, see `learned_factors`."""
+        self._check_new_task(task)
+        if type(p) is not int or p < 1:
+            raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
+        # The paper has phi < k. Here k differs by layer and side: the largest counts.
+        largest = max(basis.shape[1] for bases in self.bases.values() for basis in bases)
+        if type(phi) is not int or not 0 <= phi < largest:
+            raise ValueError(f"phi is {phi!r}; it takes 0 or more, below the largest k, {largest}")
+        generator = torch.Generator().manual_seed(seed)
+        start = {}
+        for layer, (beta, alpha) in self.bases.items():
+            start[layer] = nn.ParameterDict()
+            for name, basis in (("beta", beta), ("alpha", alpha)):
+                rows, k = basis.shape
+                eps = sigma * torch.randn(k + phi, p, generator=generator)
+                start[layer][f"eps_{name}"] = eps.to(basis)
+                if phi > 0:  # of norm 1, about
+                    columns = torch.randn(rows, phi, generator=generator) / rows**0.5
+                    start[layer][f"columns_{name}"] = columns.to(basis)
+        return start
+
+    def _resume(self, task, phi):
+        """Where fine-tuning starts: {layer: nn.ParameterDict}, at the task's coefficients."""
+        self._check_task(task)
+        if phi != 0:
+            raise ValueError(f"phi is {phi!r}; with finetune it takes 0")
+        start = {}
+        for layer, held in self.coefficients.items():
+            if task in held:
+                eps_beta, eps_alpha = held[task]
+                start[layer] = nn.ParameterDict({"eps_beta": eps_beta, "eps_alpha": eps_alpha})
+        return start
+
+    def _keep(self, task, moved, phi, grow):
+        """The end of phase 2: {layer: {name: tensor}} become a task of the share."""
+        adapter = Adapter({})
+        if task in self.records:  # fine-tuned: layers that did not move, extras and config stay
+            adapter = self.reconstruct(task)
+        for layer, end in moved.items():
+            adapter.factors[layer] = learned_factors(self.bases[layer], end)
+        check_adapter(task, adapter, {})  # training may have ended in NaN
+        if phi > 0:
+            self.merge({task: adapter}, variance=1.0 if grow else None, grow=grow)
+            return
+        self.records[task] = self._record(adapter)
+        for layer, end in moved.items():
+            beta, alpha = self.bases[layer]
+            self.coefficients[layer][task] = end["eps_beta"].to(beta), end["eps_alpha"].to(alpha)
+
+    def merge(self, adapters, *, variance=None, k=None, grow=False):
+        """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
+
+        The bases become the main directions of all tasks together, and earlier tasks may move; see
+        `merge_layer`. With `grow` bases and earlier tasks stay, and directions are added; see
+        `grow_layer`. variance: None is `self.variance`. k: instead, directions a side; with `grow`
+        a basis grows up to k. The k of `from_adapters` is not remembered.
+        """
+        self._check_idle()
+        variance = self.variance if variance is None else variance
+        check_numbers(variance, k=k)
+        bases = {}
+        coefficients = {}
+        for layer, new in self._pairs_by_layer(adapters).items():
+            if layer not in self.bases:
+                found = build_layer(new, self.stack, variance, k)
+            else:
+                merge_one = grow_layer if grow else merge_layer
+                old = self.coefficients[layer]
+                found = merge_one(self.bases[layer], old, new, self.stack, variance, k)
+            bases[layer], coefficients[layer] = found
+        records = {task: self._record(adapter) for task, adapter in adapters.items()}
+        self.bases.update(bases)
+        self.coefficients.update(coefficients)
+        self.records.update(records)
+
+    # --- The rest of the share
+
+    def add(self, task, adapter, p=None):
+        """Project one more task onto the bases; what is outside is lost. p: see `from_adapters`."""
+        self._check_idle()
+        check_numbers(p=p)
+        for layer in adapter.factors:
+            if layer not in self.bases:
+                raise ValueError(f"task {task!r}, layer {layer!r}: no bases yet; merge makes them")
+        found = {}
+        for layer, pairs in self._pairs_by_layer({task: adapter}).items():
+            eps = project(self.bases[layer], pairs[task])
+            found[layer] = eps if p is None else best_rank(eps, p)
+        self.records[task] = self._record(adapter)
+        for layer, eps in found.items():
+            self.coefficients[layer][task] = eps
+
+    def remove(self, task):
+        """Forget a task; the bases stay. A selection that names it becomes None."""
+        self._check_idle()
+        self._check_task(task)
+        del self.records[task]
+        for held in self.coefficients.values():
+            held.pop(task, None)
+        if self.selected == task or (isinstance(self.selected, tuple) and task in self.selected):
+            self.selected = None
+
+    def factors(self, layer, task):
+        """LoRA's (B (n, p), A (p, d)) of a task; None where it leaves the layer alone."""
+        if task == self.learning and layer in self.trained:
+            return learned_factors(self.bases[layer], self.trained[layer])
+        self._check_task(task)
+        eps = self.coefficients[layer].get(task)
+        return None if eps is None else lora_factors(self.bases[layer], eps)
+
+    def reconstruct(self, task):
+        """The Adapter that the share holds for a task, a copy, with its extras and config."""
+        self._check_task(task)
+        factors = {}
+        for layer, held in self.coefficients.items():
+            if task in held:
+                factors[layer] = lora_factors(self.bases[layer], held[task])
+        record = copy.deepcopy(self.records[task])
+        return Adapter(factors, record["extras"], record["config"])
+
+    def retained(self):
+        """{task: ‖ΔW now‖² / ‖ΔW as it came in or was learned‖²}, over all layers, 0 … 1."""
+        parts = {}
+        for task, record in self.records.items():
+            energy = self.reconstruct(task).energy()
+            parts[task] = energy / record["energy"] if record["energy"] > 0 else 1.0
+        return parts
+
     def detach(self, model, task=None):
-        """Make the layers nn.Linear again, a task's ΔW added to the weights if one is named."""
-        _require(not self.learned, f"task {list(self.learned)} {BUSY}")
-        folded = Adapter({}) if task is None else self.reconstruct(task)  # {}: nothing to add
-        attached = self._attached(model, folded.factors)
-        _require(attached, "the model has no layer of this share; attach(model) comes first")
-        unfit = [name for name, m in attached.items() if "forward" in vars(m) or m.weight.is_meta]
-        _require(not unfit, f"layers {unfit}: another forward, or on meta; undo that first")
+        """Undo `attach`; with `task`, its ΔW is added to the weights.
+
+        If memory runs out half-way, some layers have it and some not: load the weights anew.
+        """
+        self._check_idle()
+        adapter = Adapter({}) if task is None else self.reconstruct(task)
+        needed = adapter.factors or self.layers[:1]  # without a task, some layer
+        attached = self._attached(model, needed)
         for layer, linear in attached.items():
-            if layer in folded.factors:  # a new Parameter: the old one may be tied elsewhere
-                weight = (linear.weight + folded.delta(layer)).to(linear.weight.dtype)
+            check_linear(layer, linear, ShareLinear)
+            plain = type(linear.weight) is nn.Parameter and linear.weight.is_floating_point()
+            if layer in adapter.factors and not plain:
+                raise ValueError(f"layer {layer!r}: its weight is no plain Parameter of floats")
+        for layer, linear in attached.items():
+            if layer in adapter.factors:
+                weight = (linear.weight + adapter.delta(layer)).to(linear.weight.dtype)
+                # a new Parameter: the old one may be another layer's as well
                 linear.weight = nn.Parameter(weight, linear.weight.requires_grad)
             linear.hook.remove()
             del linear.share, linear.layer, linear.hook
             linear.__class__ = nn.Linear
         return model
 
-    @contextlib.contextmanager
-    def learn(self, model, task, *, p=1, phi=0, sigma=0.03, finetune=False, grow=False, extra=()):
-        """Phase 2, for any training loop: what the block trains becomes the task's coefficients.
-            with share.learn(model, "three", p=1) as parameters:
-                my_loop(model)  # AdamW(parameters), a Trainer, DistributedDataParallel(model), ...
-            share.select("three")
-        In the block the task is selected, and its coefficients, nn.Parameters on the layers of
-        `model`, are all that requires gradients, but for `extra`: tensors to train along, such as a
-        head; they stay the caller's. Afterwards requires_grad, .grad, selection and buffers (as
-        BatchNorm's, which all tasks share) are as before; after an exception or Ctrl-C the share
-        and `extra` as well. p: pseudo-rank. sigma: coefficients start as the paper's N(0, sigma²)
-        (zero on both sides would give no gradient at all). phi: temporary columns a side, fewer
-        than the largest basis has (the paper's bound), trained too; with them the block ends in
-        `merge`, at the share's variance, or if `grow` is set by merge(grow=True, variance=1).
-        finetune: train an existing task on; p and sigma play no part, phi has to be 0."""
-        _require(not self.learned, f"task {list(self.learned)} {BUSY}")
-        attached = self._attached(model, self.layers)
-        learned = self._start(task, p, phi, sigma, finetune)
-        parameters = [parameter for own in learned.values() for parameter in own]
-        extra = list(extra)
-        _require(all(q._base is None for q in extra), "extra: a view (row?) gets no grad; pass all")
-        trained = parameters + extra
-        start = [tensor.detach().clone() for tensor in trained]
-        before = dict(vars(self))  # `_keep`, `merge` replace these; `_move` changes devices only
-        with frozen(model, extra):  # before the coefficients join the model: they are to be trained
-            try:
-                for layer, own in learned.items():
-                    attached[layer].learned = own
-                self.learned, self.selected = {task: learned}, task
-                yield parameters
-                _require(all(q.isfinite().all() for q in trained), f"task {task!r} is NaN or inf")
-                # only extra moved: a mistake; nothing moved: fine, no step was taken
-                moved = [not torch.equal(q, old.to(q)) for q, old in zip(trained, start)]
-                only_extra = any(moved) and not any(moved[: len(parameters)])
-                _require(not only_extra, UNREACHED)
-                self._keep(task, phi, grow)
-            except BaseException:  # Ctrl-C is one
-                vars(self).update(before)
-                for tensor, value in zip(extra, start[len(parameters) :]):
-                    tensor.data.copy_(value)
-                raise
-            finally:
-                self.learned = {}
-                self.selected = before["selected"]
-                for layer in learned:
-                    attached[layer]._modules.pop("learned", None)  # None: maybe never set
-
-    def _start(self, task, p, phi, sigma, finetune):
-        """Where training starts: {layer: [eps_beta, eps_alpha, with phi > 0 temporary columns]}."""
-        if finetune:
-            self._check_task(task)
-            _require(phi == 0, f"phi is {phi!r}; with finetune it takes 0")
-            held = {name: pairs[task] for name, pairs in self.coefficients.items() if task in pairs}
-            return {name: nn.ParameterList(e.clone() for e in pair) for name, pair in held.items()}
-        self._check_new_task(task)
-        _require(type(p) is int and p >= 1, f"p is {p!r}; it takes an integer, 1 or more")
-        _require(sigma > 0, f"sigma is {sigma!r}; it takes a number above 0")
-        sizes = [(beta.shape[1], alpha.shape[1]) for beta, alpha in self.bases.values()]
-        _require(any(min(pair) > 0 for pair in sizes), "the bases are empty: nothing to learn")
-        k = max(max(pair) for pair in sizes)
-        _require(type(phi) is int and 0 <= phi < k, f"phi is {phi!r}; it takes 0, or less than {k}")
-        learned = {}
-        for layer, bases in self.bases.items():
-            eps = [sigma * torch.randn(basis.shape[1] + phi, p).to(basis) for basis in bases]
-            columns = [torch.randn(len(b), phi).to(b) / len(b) ** 0.5 for b in bases]  # ~ norm 1
-            learned[layer] = nn.ParameterList(eps + columns if phi > 0 else eps)
-        return learned
-
-    def _keep(self, task, phi, grow):
-        """The end of phase 2: what is learned becomes a task of the share."""
-        adapter = self.reconstruct(task)  # while `learned` holds it
-        learned, self.learned = self.learned[task], {}  # emptied, or merge would refuse
-        if phi > 0:
-            return self.merge({task: adapter}, variance=1.0 if grow else None, grow=grow)
-        self.records = self.records | {task: adapter.record()}
-        self.coefficients = {layer: dict(held) for layer, held in self.coefficients.items()}
-        for layer, own in learned.items():
-            pair = [e.detach().to(b, copy=True) for e, b in zip(own, self.bases[layer])]
-            self.coefficients[layer][task] = tuple(pair)
-
     def save(self, path):
-        """All but the selection and what `learn` holds; the file appears whole or not at all."""
-        tensors, widths = {}, {}
-        records = {task: dict(record) for task, record in self.records.items()}
-        for i, (layer, held) in enumerate(self.coefficients.items()):
-            beta, alpha = self.bases[layer]
-            empty = beta.new_zeros(beta.shape[1] + alpha.shape[1], 0)  # if no task has the layer
-            eps = torch.cat([empty, *map(torch.cat, held.values())], dim=1)  # ε_β over ε_α, Σp wide
-            tensors |= {f"{i}.beta": beta, f"{i}.alpha": alpha, f"{i}.eps": eps}
-            widths[layer] = {task: pair[0].shape[1] for task, pair in held.items()}
-        for j, record in enumerate(records.values()):
-            tensors |= {f"extras.{j}.{name}": extra for name, extra in record["extras"].items()}
-            record["extras"] = list(record["extras"])
-        state = {"variance": self.variance, "center": self.center, "stack": self.stack}
-        text = json.dumps(state | {"widths": widths, "records": records}, default=from_set)
+        """Write one .safetensors file, whole or not at all, with everything but the selection."""
+        # A tensor for each task would overflow the header: a layer's coefficients are side by side.
+        # widths[j]: the columns of task j, 0 if it leaves the layer alone.
+        tensors = {}
+        for i, (layer, bases) in enumerate(self.bases.items()):
+            held = self.coefficients[layer]
+            nothing = no_columns(bases)
+            all_eps = [held.get(task, nothing) for task in self.tasks]
+            widths = [eps_beta.shape[1] for eps_beta, _ in all_eps]
+            all_eps.append(nothing)  # torch.cat fails on an empty list
+            tensors[f"{i}.beta"], tensors[f"{i}.alpha"] = bases
+            tensors[f"{i}.eps_beta"] = torch.cat([eps_beta for eps_beta, _ in all_eps], dim=1)
+            tensors[f"{i}.eps_alpha"] = torch.cat([eps_alpha for _, eps_alpha in all_eps], dim=1)
+            tensors[f"{i}.widths"] = torch.tensor(widths, dtype=torch.int32, device="cpu")
+        records = {}
+        for j, (task, record) in enumerate(self.records.items()):
+            try:
+                json.dumps(record["config"])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"task {task!r}: JSON cannot hold its config: {error}") from None
+            records[task] = record | {"extras": list(record["extras"])}
+            for name, extra in record["extras"].items():
+                tensors[f"extras.{j}.{name}"] = extra
         for name, tensor in tensors.items():  # safetensors takes no views
             tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
-        metadata = {VERSION: text, "checksum": checksum(text, tensors)}
+        state = {"variance": self.variance, "stack": self.stack}
+        text = json.dumps(state | {"layers": self.layers, "records": records})
+        metadata = {"format": FORMAT, "state": text, "checksum": checksum(text, tensors)}
         write_whole(path, safetensors.torch.save(tensors, metadata))
 
     @classmethod
-    @not_inference
     def load(cls, path):
-        """Read what `save` wrote, copied off the file; ValueError for another, or a changed bit."""
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).to("cpu", copy=True) for name in file.keys()}
-        except safetensors.SafetensorError:
-            metadata = tensors = {}
-        text = metadata.get(VERSION, "")
-        whole = metadata.get("checksum") == checksum(text, tensors)
-        _require(whole, f"{path} is not a Share file ({VERSION}), or is damaged")
+        """Read what `save` wrote. ValueError for another file, or where one bit has changed."""
+        tensors, metadata = read_safetensors(path)
+        text = metadata.get("state", "")
+        if metadata.get("format") != FORMAT or metadata.get("checksum") != checksum(text, tensors):
+            raise ValueError(f"{path} is not a Share file ({FORMAT}), or is damaged")
         state = json.loads(text)
-        share = cls(state["variance"], state["center"], state["stack"])
-        for i, (layer, widths) in enumerate(state["widths"].items()):
+        share = cls(state["variance"], state["stack"])
+        for i, layer in enumerate(state["layers"]):
             share.bases[layer] = tensors[f"{i}.beta"], tensors[f"{i}.alpha"]
-            sides = tensors[f"{i}.eps"].split([basis.shape[1] for basis in share.bases[layer]])
-            eps_betas, eps_alphas = [split_columns(side, list(widths.values())) for side in sides]
-            share.coefficients[layer] = dict(zip(widths, zip(eps_betas, eps_alphas)))
+            widths = tensors[f"{i}.widths"].tolist()
+            eps_betas = tensors[f"{i}.eps_beta"].split(widths, dim=1)
+            eps_alphas = tensors[f"{i}.eps_alpha"].split(widths, dim=1)
+            held = {}
+            for j, task in enumerate(state["records"]):
+                if widths[j] > 0:
+                    held[task] = eps_betas[j].clone(), eps_alphas[j].clone()
+            share.coefficients[layer] = held
         for j, (task, record) in enumerate(state["records"].items()):
             extras = {name: tensors[f"extras.{j}.{name}"] for name in record["extras"]}
             share.records[task] = record | {"extras": extras}
         return share
 
+    # --- Private
+
+    def _record(self, adapter):
+        """What is kept of an adapter beside its coefficients."""
+        extras = {name: extra.detach().clone() for name, extra in adapter.extras.items()}
+        config = copy.deepcopy(adapter.config)
+        return {"energy": adapter.energy(), "extras": extras, "config": config}
+
     def _attached(self, model, needed=()):
-        """{layer: ShareLinear} of this share in a model; ValueError where a needed one is not."""
+        """{layer: ShareLinear} of this share in a model; ValueError if a needed one is missing."""
         linears = [module for module in model.modules() if isinstance(module, ShareLinear)]
         attached = {linear.layer: linear for linear in linears if linear.share is self}
-        missing = [layer for layer in needed if layer not in attached]
-        _require(not missing, f"layers {missing} are not attached; share.attach(model) does it")
+        for layer in needed:
+            if layer in attached:
+                continue
+            if any(linear.layer == layer for linear in linears):
+                raise ValueError(f"layer {layer!r} {ANOTHER_SHARE}")
+            raise ValueError(f"layer {layer!r} is not attached; share.attach(model) does it")
         return attached
 
-    @not_inference
     def _move(self, layer, device):
-        """A layer's bases and coefficients go to the device of its weight, never to its dtype."""
-        self.bases[layer] = tuple(basis.to(device) for basis in self.bases[layer])
-        for task, pair in self.coefficients[layer].items():
-            self.coefficients[layer][task] = tuple(eps.to(device) for eps in pair)
+        """All of a layer's numbers go to the device of its weight, together, but not to meta."""
+        beta, alpha = self.bases[layer]
+        if beta.device == device or device.type == "meta":
+            return
+        self.bases[layer] = beta.to(device), alpha.to(device)
+        held = self.coefficients[layer]
+        for task, (eps_beta, eps_alpha) in held.items():
+            held[task] = eps_beta.to(device), eps_alpha.to(device)
+
+    def _pairs_by_layer(self, adapters):
+        """{layer: {task: (B, A^T)}} of new {task: Adapter}, checked, in float32 at least."""
+        if not adapters:
+            raise ValueError("adapters is empty; it takes one or more")
+        shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
+        for task, adapter in adapters.items():
+            self._check_new_task(task)
+            check_adapter(task, adapter, shapes)
+        layers = {}
+        for task, adapter in adapters.items():
+            for layer, (B, A) in adapter.factors.items():
+                device = self.bases[layer][0].device if layer in self.bases else B.device
+                dtype = torch.promote_types(torch.promote_types(B.dtype, A.dtype), torch.float32)
+                B = B.detach().to(device, dtype)
+                A = A.detach().to(device, dtype)
+                layers.setdefault(layer, {})[task] = B, A.T
+        return layers
+
+    def _check_idle(self):
+        if self.learning is not None:
+            raise ValueError(f"task {self.learning!r} is being learned; this has to wait for it")
 
     def _check_task(self, task):
         if task not in self.records:
             raise ValueError(f"task {task!r} is unknown; the share has {self.tasks}")
+
     def _check_new_task(self, task):
-        fits = isinstance(task, str) and task not in self.records and task not in self.learned
-        _require(fits, f"task {task!r} exists, or is no string; it takes a new name")
+        if not isinstance(task, str) or task in self.records:
+            raise ValueError(f"task {task!r} exists, or is no string; it takes a new name")
 
-    def _check_adapters(self, adapters):
-        """{task: Adapter}, all checked, by layer: {layer: {task: (B (n, r), A^T (d, r))}}."""
-        _require(adapters, "adapters is empty; it takes one or more")
-        shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
-        layers = {}
-        for task, adapter in adapters.items():
-            self._check_new_task(task)
-            named = adapter.factors and all(isinstance(layer, str) for layer in adapter.factors)
-            _require(named, f"task {task!r}: its layers are {list(adapter.factors)}, not names")
-            for layer, (B, A) in adapter.factors.items():
-                what = f"task {task!r}, layer {layer!r}: B {tuple(B.shape)}, A {tuple(A.shape)}"
-                shape = (*B.shape[:1], *A.shape[1:])  # (n, d); slices, as B or A may not be 2-D
-                n_d = shapes.setdefault(layer, shape)  # for a new layer its first adapter decides
-                fits = shape == n_d and B.dim() == A.dim() == 2 and B.shape[1] == len(A) > 0
-                _require(fits, f"{what}; it takes (n, r) and (r, d), here with (n, d) = {n_d}")
-                _require(B.is_floating_point() and A.is_floating_point(), f"{what} are not floats")
-                dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
-                B, A = B.detach().to(dtype), A.detach().to(dtype)
-                _require(B.isfinite().all() and A.isfinite().all(), f"{what} hold NaN or infinity")
-                layers.setdefault(layer, {})[task] = B, A.T
-        return layers
 
-def from_set(value):
-    """For json.dumps: a set in a config becomes a sorted list."""
-    _require(isinstance(value, set), f"{value!r} in a config has no form in JSON")
-    return sorted(value, key=str)
+def train_coefficients(
+    share, model, task, batches, loss_fn, *, lr=1e-2, extra_parameters=(), **settings
+):
+    """Phase 2 with Adam: a step for each batch in a block of `Share.learn`. Returns the losses.
+
+    loss_fn(model, batch) gives a scalar. extra_parameters: tensors that train along at the same
+    rate, and stay trained. settings: of `learn`. ValueError: a loss that is not finite.
+    """
+    extra = list(extra_parameters)
+    losses = []
+    with share.learn(model, task, **settings) as parameters:
+        for tensor in extra:
+            tensor.requires_grad_(True)
+        optimizer = torch.optim.Adam(parameters + extra, lr=lr)
+        for step, batch in enumerate(batches):
+            loss = loss_fn(model, batch)
+            if not loss.isfinite():
+                raise ValueError(f"task {task!r}, step {step}: the loss is {loss.item()}")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            torch.clear_autocast_cache()  # the caller's, where `extra` is as before the step
+            losses.append(loss.item())
+    return losses
+
+
+class ToyTransformer(nn.Module):
+    """A causal transformer: tokens (batch, T <= length) -> logits (batch, T, vocabulary)."""
+
+    def __init__(self, vocabulary=64, width=64, depth=2, heads=4, length=16):
+        super().__init__()
+        self.heads = heads
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Embedding(length, width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            block = nn.ModuleDict({name: nn.Linear(width, width) for name in "qkvo"})
+            block["up"] = nn.Linear(width, 4 * width)
+            block["down"] = nn.Linear(4 * width, width)
+            self.blocks.append(block)
+        self.head = nn.Linear(width, vocabulary)
+
+    def hidden(self, tokens):
+        """What the head sees, (batch, T, width)."""
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            y = self.norm(x)
+            heads = [block[name](y).unflatten(-1, (self.heads, -1)) for name in "qkv"]
+            q, k, v = [head.transpose(1, 2) for head in heads]  # (batch, heads, T, width / heads)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + block["o"](y.transpose(1, 2).flatten(2))
+            x = x + block["down"](nn.functional.gelu(block["up"](self.norm(x))))
+        return self.norm(x)
+
+    def forward(self, tokens):
+        return self.head(self.hidden(tokens))
+
+
+# --- Housekeeping
+
+
+ANOTHER_SHARE = "carries another share, see its `.share`: copying a model copies the share as well"
+
+
+def check_numbers(variance=1.0, **counts):
+    """ValueError unless 0 < variance <= 1 and each count is None or an integer from 1 on."""
+    if not 0 < variance <= 1:
+        raise ValueError(f"variance is {variance!r}; it takes a number above 0, up to 1")
+    for name, value in counts.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} is {value!r}; it takes an integer, 1 or more")
+
+
+def check_adapter(task, adapter, shapes):
+    """ValueError unless all factors fit. A new layer is added to shapes, {layer: (n, d)}."""
+    if not adapter.factors:
+        raise ValueError(f"task {task!r}: its adapter has no layers")
+    for layer, (B, A) in adapter.factors.items():
+        what = f"task {task!r}, layer {layer!r}: B {tuple(B.shape)}, A {tuple(A.shape)}"
+        if B.dim() != 2 or A.dim() != 2 or B.shape[1] != len(A) or len(A) == 0:
+            raise ValueError(f"{what}; it takes (n, r) and (r, d)")
+        n, d = shapes.setdefault(layer, (len(B), A.shape[1]))
+        if len(B) != n or A.shape[1] != d:
+            raise ValueError(f"{what}; the layer takes ({n}, r) and (r, {d})")
+        for factor in (B, A):
+            if not factor.is_floating_point() or not factor.isfinite().all():
+                raise ValueError(f"{what}; one is not of floats, or holds NaN or infinity")
+
+
+def check_linear(layer, linear, cls):
+    """ValueError unless a layer is just a `cls`, with a stored weight and an unpatched forward."""
+    weight = linear._parameters.get("weight")  # None where weight_norm or prune computes it
+    is_plain = type(linear) is cls and weight is not None and not weight.is_meta
+    if not is_plain or "forward" in vars(linear):
+        takes = f"a plain {cls.__name__}, its weight a Parameter, not on meta, forward unpatched"
+        raise ValueError(f"layer {layer!r} is {linear}; it takes {takes}")
+
+
+def moved_layers(start, trained):
+    """{layer: {name: tensor}}, copies, where a parameter is no longer what it was at the start."""
+    moved = {}
+    for layer, module in trained.items():
+        end = {}
+        for name, parameter in module.items():
+            end[name] = parameter.detach().clone()
+            if hasattr(parameter, "full_tensor"):  # `fully_shard` has split it
+                end[name] = parameter.detach().full_tensor()
+        # .to: the block may have moved the model to another device, or cast it
+        if any(not torch.equal(start[layer][name].to(now), now) for name, now in end.items()):
+            moved[layer] = end
+    return moved
+
+
+@contextlib.contextmanager
+def frozen(model):
+    """Freeze a model and clear its gradients; put back requires_grad and (BatchNorm's) buffers."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    buffers = {name: b.clone() for name, b in model.named_buffers() if not b.is_meta}
+    model.requires_grad_(False)
+    model.zero_grad()
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():  # by name: fully_shard makes new ones
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+        for name, buffer in model.named_buffers():
+            before = buffers.get(name)
+            if before is None or before.shape != buffer.shape:
+                continue
+            if not torch.equal(before.to(buffer), buffer):  # an unchanged one may be read-only
+                buffer.copy_(before)
+
+
+def keep_forward_called(module, inputs):
+    """An empty hook. Any hook turns off nn.TransformerEncoderLayer's path around our forward."""
+
 
 def checksum(text, tensors):
     """CRC-32, in hexadecimal, of the text and of all tensors' names, types, shapes and bytes."""
@@ -582,6 +937,18 @@ def checksum(text, tensors):
         crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
     return f"{crc:08x}"
 
+
+def read_safetensors(path):
+    """(tensors, metadata) of a file; both are empty if it is damaged."""
+    raw = Path(path).read_bytes()  # in one go: another process may replace the file
+    try:
+        tensors = safetensors.torch.load(raw)  # which drops the metadata
+    except safetensors.SafetensorError:
+        return {}, {}
+    header = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
+    return tensors, json.loads(header).get("__metadata__", {})
+
+
 def write_whole(path, content):
     """A file that appears whole or not at all, whoever else writes or reads it."""
     beside = Path(f"{path}.{uuid.uuid4().hex}")  # a name that no other process has
@@ -590,111 +957,3 @@ def write_whole(path, content):
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-
-class ShareLinear(nn.Linear):
-    """h = W0 x + (beta eps_beta)(alpha eps_alpha)^T x for the selected task; (..., d) -> (..., n).
-    An nn.Linear whose class `Share.attach` has changed; parameters, hooks and names stay."""
-    def forward(self, input):
-        out = super().forward(input)
-        task = self.share.selected
-        if isinstance(task, tuple):
-            return (out + self.mixed(input, task)).to(out.dtype)
-        factors = None if task is None else self.share.factors(self.layer, task)
-        if factors is None:
-            return out
-        B, A = factors  # formed first: a token then costs what a rank-p LoRA costs, for any k
-        return (out + input.to(A.dtype) @ A.T @ B.T).to(out.dtype)  # in the model's dtype
-
-    def mixed(self, x, tasks):
-        """Each sample's own ΔW x, for x (b, ..., d): one product with alpha and one with beta."""
-        _require(len(tasks) == len(x), f"{len(tasks)} tasks for a batch of {len(x)} samples")
-        beta, alpha = self.share.bases[self.layer]
-        empty = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
-        held = self.share.coefficients[self.layer]
-        pairs = [held.get(task, empty) for task in tasks] or [empty]  # b = 0: one, broadcast
-        eps_beta = stack_padded([eps for eps, _ in pairs])  # (b, kβ, p)
-        eps_alpha = stack_padded([eps for _, eps in pairs])  # (b, kα, p); einsum: a is kα, k is kβ
-        z = torch.einsum("b...a,bap->b...p", x.to(alpha.dtype) @ alpha, eps_alpha)  # (b, ..., p)
-        return torch.einsum("b...p,bkp->b...k", z, eps_beta) @ beta.T
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)  # model.to(device) and its like
-        if not self.weight.is_meta:  # on meta the share's numbers would be lost
-            self.share._move(self.layer, self.weight.device)
-        return self
-
-def no_shortcut(module, inputs):
-    """An empty hook: without one, nn.TransformerEncoderLayer may read weights, not call layers."""
-
-@contextlib.contextmanager
-def frozen(model, extra):
-    """Freeze a model but `extra`; at the end restore requires_grad, .grad, same-shape buffers."""
-    flags = [(q, q.requires_grad, q.grad) for q in (*model.parameters(), *extra)]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        for tensor, _, _ in flags:
-            tensor.requires_grad_(False).grad = None
-        for tensor in extra:
-            tensor.requires_grad_(True)
-        yield
-    finally:
-        for tensor, requires_grad, grad in flags:
-            tensor.requires_grad_(requires_grad)
-            tensor.grad = None if grad is None else grad.to(tensor)  # the model may have moved
-        for name, buffer in model.named_buffers():
-            before = buffers.get(name, buffer).to(buffer)  # a buffer new in the block is left alone
-            if buffer.shape == before.shape and not (buffer.is_meta or buffer.equal(before)):
-                buffer.copy_(before)  # only if it must: a buffer made by expand() cannot be written
-
-def train_coefficients(share, model, task, batches, loss_fn, *, p=1, phi=0, lr=1e-2, sigma=0.03,
-                       extra_parameters=(), finetune=False, grow=False, on_step=None):
-    """Phase 2 with a loop of Adam: `Share.learn`, a step for each batch; returns the losses.
-    loss_fn(model, batch) gives a scalar. lr: Adam's rate. extra_parameters: tensors to train along,
-    or groups with rates of their own. on_step(step, loss): called after each; may select a task."""
-    groups = [dict(g) if isinstance(g, dict) else {"params": g} for g in extra_parameters]  # copies
-    # Adam wants a group at once (an empty one), and makes generators the lists that `learn` needs
-    optimizer = torch.optim.Adam([{"params": []}, *groups], lr=lr)
-    extra = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    settings = {"p": p, "phi": phi, "sigma": sigma, "finetune": finetune, "grow": grow}
-    losses = []
-    with share.learn(model, task, extra=extra, **settings) as parameters:
-        optimizer.add_param_group({"params": parameters})
-        for step, batch in enumerate(batches):
-            share.select(task)  # on_step may have selected another
-            loss = loss_fn(model, batch)
-            _require(loss.isfinite(), f"step {step}: the loss is {loss.item()}")
-            optimizer.zero_grad()
-            if loss.requires_grad:
-                loss.backward()
-            _require(any(q.grad is not None for q in parameters), f"step {step}: {UNREACHED}")
-            optimizer.step()
-            torch.clear_autocast_cache()  # else autocast around the loop reuses a head's old cast
-            losses.append(loss.item())
-            if on_step is not None:
-                on_step(step, losses[-1])
-        _require(losses, "batches is empty; it takes one or more")
-    return losses
-
-class ToyTransformer(nn.Module):
-    """A causal transformer: tokens (batch, T <= length) -> logits (batch, T, vocabulary)."""
-    def __init__(self, vocabulary=64, width=64, depth=2, heads=4, length=16):
-        super().__init__()
-        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(nn.ModuleDict() for _ in range(depth))
-        for block in self.blocks:
-            block.update({name: nn.Linear(width, width) for name in "qkvo"})
-            block.update({"up": nn.Linear(width, 4 * width), "down": nn.Linear(4 * width, width)})
-        self.heads, self.head = heads, nn.Linear(width, vocabulary)
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-
-    def hidden(self, tokens):  # what the head sees, (batch, T, width)
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
-        for block in self.blocks:
-            y = self.norm(x)
-            split = [block[name](y).unflatten(-1, (self.heads, -1)) for name in "qkv"]
-            q, k, v = [part.transpose(1, 2) for part in split]  # (batch, heads, T, head size)
-            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + block["o"](y.transpose(1, 2).flatten(2))
-            x = x + block["down"](nn.functional.gelu(block["up"](self.norm(x))))
-        return self.norm(x)
-    def forward(self, tokens):
-        return self.head(self.hidden(tokens))
