@@ -12,7 +12,7 @@ alpha that all tasks have in common, and of each task only its coefficients in t
     eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p, the pseudo-rank, may be 1
     phi                  an integer        columns added to both bases while a task is learned
 
-`factors` are LoRA's (B, A); a `pair` has side 0 and side 1 of a layer, both of columns: (B, A^T).
+`factors` are LoRA's (B, A). A `pair` is (B, A^T): side 0 and side 1 of a layer, both as columns.
 Phase 1: the bases are the main directions of some adapters' factors. Phase 2: a new task trains
 its coefficients. Phase 3: new adapters join the bases; all coefficients follow by projection.
 
@@ -40,7 +40,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-ROUNDING = 1e-6  # less than this part of the whole counts as rounding (float32's own: 1e-7)
+ROUNDING = 1e-6  # what is smaller, relative to the whole, is taken for rounding (float32's: 1e-7)
 FORMAT = "share 4"  # of the file that `Share.save` writes
 
 
@@ -67,7 +67,7 @@ class Adapter:
         energy = 0.0
         for factors in self.factors.values():
             B, A = [factor.detach().cpu().double() for factor in factors]
-            # ‖B A‖² = trace(B^T B A A^T), which needs no B A
+            # ‖B A‖² = trace(B^T B A A^T), the sum of all entries of (B^T B) * (A A^T)
             energy += float(((B.T @ B) * (A @ A.T)).sum())
         return energy
 
@@ -84,7 +84,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # Autocast would round B and A, and reuse a rounded eps from before an optimizer's step.
+    # Autocast would round B and A, and its cache would hand out the eps of before the last step.
     with torch.autocast(beta.device.type, enabled=False):
         B = beta @ eps_beta.to(beta.dtype)
         A = eps_alpha.to(alpha.dtype).T @ alpha.T
@@ -108,7 +108,7 @@ class ShareLinear(nn.Linear):
     """h = W0 x + (beta eps_beta)(alpha eps_alpha)^T x; `Share.attach` makes it of an nn.Linear."""
 
     share: "Share"
-    layer: str  # its name there
+    layer: str  # its name in the share
 
     def forward(self, input):
         out = super().forward(input)  # W0 x, plus a bias
@@ -134,12 +134,13 @@ class ShareLinear(nn.Linear):
         nothing = no_columns((beta, alpha))  # for None, and for a task without this layer
         eps_betas = [held.get(task, nothing)[0] for task in tasks]
         eps_alphas = [held.get(task, nothing)[1] for task in tasks]
-        x = x.to(alpha.dtype) @ alpha  # in einsum: s is the sample, a is kα, b is kβ
-        z = torch.einsum("s...a,sap->s...p", x, stack_padded(eps_alphas))
+        x_alpha = x.to(alpha.dtype) @ alpha
+        # s is the sample, a is kα, b is kβ
+        z = torch.einsum("s...a,sap->s...p", x_alpha, stack_padded(eps_alphas))
         return torch.einsum("s...p,sbp->s...b", z, stack_padded(eps_betas)) @ beta.T
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)  # behind model.to(), .cuda() and .half()
+        super()._apply(fn, recurse)  # model.to(), .cuda() and .half() call this
         self.share._move(self.layer, self.weight.device)
         return self
 
@@ -164,10 +165,10 @@ def build_basis(stack, variance=0.6, k=None):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
     The paper's phase 1: subtract the mean column, take the SVD, keep the fewest left singular
-    vectors that explain the fraction `variance` (there 0.6). Ours: the mean, a part of every
-    column, is kept as one more direction. With `k` instead: the k heaviest directions, uncentred,
-    or all if there are fewer. Computed in float64; the result is float32 at least. ValueError:
-    variance or k out of range; a stack that is not (n, m >= 1), or not finite.
+    vectors that explain the fraction `variance` (there 0.6). Ours: the mean is then added as one
+    more direction. With `k` instead: the k heaviest directions, uncentred, or all if there are
+    fewer. Computed in float64; the result is float32 at least. ValueError: variance or k out of
+    range; a stack that is not (n, m >= 1), or not finite.
     """
     check_numbers(variance, k=k)
     if stack.dim() != 2 or stack.shape[1] == 0 or not stack.isfinite().all():
@@ -179,16 +180,16 @@ def build_basis(stack, variance=0.6, k=None):
 def main_directions(stack, variance, k, centred):
     """`build_basis` without its checks, in float64; whether to centre is for the caller to say."""
     X = stack.double()
-    norm = X.norm()  # before centring: of equal columns it leaves rounding, which is no direction
+    norm = X.norm()  # before centring, which may leave nothing but rounding
     if not centred:
         return heaviest(X, variance, k, norm)
     mean = X.mean(dim=1, keepdim=True)
     X = X - mean
     basis = heaviest(X, variance, k, norm)
     outside = mean - basis @ (basis.T @ mean)
-    norm_outside = outside.norm() * X.shape[1] ** 0.5  # of m copies: each of the m columns has one
-    if norm_outside > ROUNDING * norm:
-        basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
+    # Each of the m columns had the mean in it: together they have √m ‖outside‖ outside the basis.
+    if X.shape[1] ** 0.5 * outside.norm() > ROUNDING * norm:
+        basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q  # one more column, along outside
     return basis
 
 
@@ -222,7 +223,7 @@ def stack_of(pairs, side, kind):
     """The stack (n, m) of one side of {task: (B (n, r), A^T (d, r))}.
 
     kind: "factors", the paper's: the factors next to each other. "updates", ours: `thin_updates`
-    next to each other, so that neither ‖ΔW‖ nor how ΔW is split into B and A plays a part.
+    next to each other: each ΔW counts the same, however it is scaled or split into B and A.
     """
     own = [pair[side] for pair in pairs.values()]
     other = [pair[1 - side] for pair in pairs.values()]
@@ -232,7 +233,10 @@ def stack_of(pairs, side, kind):
 
 
 def thin_updates(own, other):
-    """(t, n, r), float64: for each M = own other^T (ΔW or ΔW^T) a T with T T^T = M M^T / ‖M‖²."""
+    """(t, n, r) in float64, for each M = own other^T (ΔW or ΔW^T): its directions in r columns.
+
+    These columns T have T T^T = M M^T / ‖M‖², so the SVD sees in them what it would see in M.
+    """
     # other = Q R with Q^T Q = 1, so M = own R^T Q^T, and M M^T = (own R^T) (own R^T)^T.
     R = torch.linalg.qr(stack_padded(other).double(), mode="r").R
     thin = stack_padded(own).double() @ R.mT
@@ -240,12 +244,11 @@ def thin_updates(own, other):
     if norms.max() == 0:
         return thin
     # An M below ROUNDING of the largest may be pure rounding: do not scale it up to norm 1.
-    thin /= norms.clamp_min(ROUNDING * norms.max())
-    return thin
+    return thin / norms.clamp_min(ROUNDING * norms.max())
 
 
 def project(bases, pair):
-    """A pair's coordinates in orthonormal bases: of (B, A^T), beta^T B and alpha^T A^T, (k, r)."""
+    """A pair's coefficients in orthonormal bases, beta^T B and alpha^T A^T, each (k, r)."""
     beta, alpha = bases
     B, A_T = pair
     return exact_product(beta.T, B), exact_product(alpha.T, A_T)
@@ -254,13 +257,13 @@ def project(bases, pair):
 def best_rank(eps, p):
     """Coefficients with at most p columns, with the least change of ΔW.
 
-    ΔW = beta (eps_beta eps_alpha^T) alpha^T, and orthonormal bases keep distances: the middle's
-    truncated SVD (Eckart and Young), its singular values split evenly.
+    ΔW = beta (eps_beta eps_alpha^T) alpha^T. As the bases are orthonormal, the truncated SVD of
+    the middle is best (Eckart and Young). Each side gets the root of its singular values.
     """
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
-    if 0 in middle.shape:  # a basis is empty: ΔW is 0, any p columns do; the SVD would have none
+    if 0 in middle.shape:  # a basis is empty: the SVD would have no columns, where p are due
         return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     root = S[:p].sqrt()
@@ -275,7 +278,7 @@ def build_layer(pairs, kind, variance, k, at_least=(0, 0)):
     at_least: for each side, the k to take where `variance` asks for fewer directions.
     """
     dtype = next(iter(pairs.values()))[0].dtype
-    # The columns of thin updates have arbitrary signs: a mean of them means nothing.
+    # The signs of thin updates' columns are arbitrary, as QR leaves them: their mean says nothing.
     centred = kind == "factors" and k is None
     bases = []
     for side in (0, 1):
@@ -294,8 +297,8 @@ def merge_layer(bases, old, new, kind, variance, k):
 
     As published: rebuild the old factors, beta eps_beta; put the new ones beside them; phase 1.
     Here, only for speed, in the coordinates of a frame: orthonormal columns (n, q) that span the
-    old basis and the new factors, q much smaller than n. Ours: without `k`, no basis gets smaller
-    while the stack has directions for it.
+    old basis and the new factors, q mostly much smaller than n. Ours: without `k`, no basis gets
+    smaller while the stack has directions for it.
     """
     frames = []
     for side in (0, 1):
@@ -303,15 +306,17 @@ def merge_layer(bases, old, new, kind, variance, k):
         frame = torch.linalg.qr(torch.cat(columns, dim=1)).Q
         frames.append(frame.to(bases[side].dtype))
 
-    pairs = {}
-    in_frame = [exact_product(frame.T, basis) for frame, basis in zip(frames, bases, strict=True)]
-    for task, eps in old.items():
-        pairs[task] = exact_product(in_frame[0], eps[0]), exact_product(in_frame[1], eps[1])
+    pairs_in_frame = {}
+    beta_in_frame, alpha_in_frame = project(frames, bases)
+    for task, (eps_beta, eps_alpha) in old.items():
+        B = exact_product(beta_in_frame, eps_beta)
+        A_T = exact_product(alpha_in_frame, eps_alpha)
+        pairs_in_frame[task] = B, A_T
     for task, pair in new.items():
-        pairs[task] = project(frames, pair)
+        pairs_in_frame[task] = project(frames, pair)
 
-    old_sizes = [basis.shape[1] for basis in bases]
-    next_in_frame, coefficients = build_layer(pairs, kind, variance, k, at_least=old_sizes)
+    sizes = [basis.shape[1] for basis in bases]
+    next_in_frame, coefficients = build_layer(pairs_in_frame, kind, variance, k, at_least=sizes)
     next_beta = exact_product(frames[0], next_in_frame[0])
     next_alpha = exact_product(frames[1], next_in_frame[1])
     return (next_beta, next_alpha), coefficients
@@ -329,6 +334,7 @@ def grow_layer(bases, old, new, kind, variance, k):
         outside = outside_of(basis, stack_of(new, side, kind))
         room = None if k is None else max(0, k - basis.shape[1])
         added = main_directions(outside, variance, room, centred=False)
+        added = outside_of(basis, added)  # faint ones of a wide stack lean a little into the basis
         grown.append(torch.cat([basis, added.to(basis.dtype)], dim=1))
 
     coefficients = {}
@@ -350,11 +356,10 @@ def outside_of(basis, stack):
     stack = stack.double()
     Q = torch.linalg.qr(basis.double()).Q  # a float32 basis is orthonormal only to 1e-7
     outside = stack - Q @ (Q.T @ stack)
-    # A column inside the basis leaves its rounding outside. A column that is but rounding itself
-    # (1e-16 of the others) lies anywhere. Alone, either would be taken for a direction.
     lengths = stack.norm(dim=0)
     is_inside = outside.norm(dim=0) <= ROUNDING * lengths
-    is_rounding = lengths <= 1e-12 * lengths.norm()
+    is_rounding = lengths <= 1e-12 * lengths.norm()  # beside the others, in float64
+    # Both kinds leave only rounding outside, which would be taken for directions.
     return outside[:, ~(is_inside | is_rounding)]
 
 
@@ -377,7 +382,7 @@ class Share:
         check_numbers(variance)
         if stack not in ("factors", "updates"):
             raise ValueError(f"stack is {stack!r}; it takes 'factors' or 'updates'")
-        self.variance = variance
+        self.variance = float(variance)
         self.stack = stack
         self.bases = {}
         self.coefficients = {}
@@ -417,8 +422,8 @@ class Share:
     def attach(self, model):
         """Make each nn.Linear that has bases a ShareLinear, in place; returns the model.
 
-        Layers are named as in `model.named_modules()`. Attach again where a merge has brought, or
-        the model replaced, a layer. Code that reads a weight instead of calling the layer sees W0
+        Layers are named as in `model.named_modules()`. Attach again after a merge has added, or the
+        model replaced, a layer. Code that reads a weight instead of calling the layer sees W0
         only: TRL with lm_head, diffusers after fuse_qkv_projections, some blocks of timm and Mamba.
         """
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -451,10 +456,11 @@ class Share:
         """What attached models add from now on: a task's ΔW, none, or one for each sample.
 
         task: a name, None, or for a mixed batch a sequence of these, one for each entry along the
-        first dimension (with beams, each beam is one). There is one selection, for all threads.
+        first dimension (with beams, each beam is one). There is one selection, for all threads;
+        with gradient checkpointing it has to stay until `backward` has run.
         """
         if task is None or isinstance(task, str):
-            if task != self.learning and task is not None:
+            if task is not None and task != self.learning:  # a task being learned may be a new one
                 self._check_task(task)
             self.selected = task
             return
@@ -477,31 +483,36 @@ class Share:
         In the block the task is selected, and its parameters are all of the model that requires
         gradients. Create inside the block whatever has to know them:
         - the optimizer, with a rate near 1e-2 (5e-5 does nothing);
-        - DistributedDataParallel; fully_shard, which makes new parameters: take the model's;
+        - DistributedDataParallel; fully_shard, once for a model, and then the optimizer of the
+          model's parameters, which are new ones;
         - moving averages, to be copied into the model before the block ends.
         A head to train along is unfrozen inside; you keep it, per task, and all tasks feel it.
 
         p: pseudo-rank, the columns of the coefficients.
-        phi: temporary columns a side, trained too; the task is merged when the block ends.
+        phi: temporary columns, trained, too, beside each basis, fewer than the largest k; at the
+            end of the block the task is merged.
         sigma, seed: coefficients start as N(0, sigma²), alike in every process.
-        finetune: train an existing task on, from what it has; then phi is 0.
+        finetune: train an existing task on, from what it has; of the rest only phi=0 applies.
         grow: the merge after phi > 0 is merge(grow=True, variance=1), which loses nothing. False:
             the paper's, after which little of the task may be left; look at `retained()`.
 
-        A layer whose parameters have not moved is no part of the task (weight decay moves, too).
-        ValueError if none has; then, as after any exception, nothing is kept. At the end
-        requires_grad and the buffers of the model are as before.
+        A layer whose parameters have not moved is no part of the task; weight decay, or a cast
+        down and up, is a move. ValueError if none has; then, as after any exception, nothing is
+        kept. At the end requires_grad and the buffers of the model are as before.
         """
         self._check_idle()
         start = self._resume(task, phi) if finetune else self._start(task, p, phi, sigma, seed)
         attached = self._attached(model, needed=start)
+        for layer, linear in attached.items():
+            if hasattr(linear.weight, "full_tensor"):  # what is added now would not be averaged
+                raise ValueError(f"layer {layer!r} is sharded; call fully_shard inside the block")
         trained = copy.deepcopy(start)
         with frozen(model), self._training(task, trained, attached):
             yield [parameter for module in trained.values() for parameter in module.values()]
         moved = moved_layers(start, trained)
         if not moved:
-            reason = "was the optimizer made before the block, no step taken, or no layer reached?"
-            raise ValueError(f"task {task!r}: no parameter has moved; {reason}")
+            reasons = "an optimizer made before the block, no step, no layer reached, or all was 0"
+            raise ValueError(f"task {task!r}: no parameter has moved; likely {reasons}")
         self._keep(task, moved, phi, grow)
 
     @contextlib.contextmanager
@@ -528,24 +539,25 @@ class Share:
         if type(p) is not int or p < 1:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         # The paper has phi < k. Here k differs by layer and side: the largest counts.
-        largest = max(basis.shape[1] for bases in self.bases.values() for basis in bases)
-        if type(phi) is not int or not 0 <= phi < largest:
-            raise ValueError(f"phi is {phi!r}; it takes 0 or more, below the largest k, {largest}")
+        sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
+        largest = max(sizes, default=0)
+        if type(phi) is not int or not (phi == 0 or 0 < phi < largest):
+            raise ValueError(f"phi is {phi!r}; it takes 0, or less than the largest k, {largest}")
         generator = torch.Generator().manual_seed(seed)
         start = {}
         for layer, (beta, alpha) in self.bases.items():
             start[layer] = nn.ParameterDict()
             for name, basis in (("beta", beta), ("alpha", alpha)):
                 rows, k = basis.shape
-                eps = sigma * torch.randn(k + phi, p, generator=generator)
+                eps = sigma * torch.randn(k + phi, p, generator=generator, device="cpu")
                 start[layer][f"eps_{name}"] = eps.to(basis)
                 if phi > 0:  # of norm 1, about
-                    columns = torch.randn(rows, phi, generator=generator) / rows**0.5
-                    start[layer][f"columns_{name}"] = columns.to(basis)
+                    columns = torch.randn(rows, phi, generator=generator, device="cpu")
+                    start[layer][f"columns_{name}"] = columns.to(basis) / rows**0.5
         return start
 
     def _resume(self, task, phi):
-        """Where fine-tuning starts: {layer: nn.ParameterDict}, at the task's coefficients."""
+        """Where fine-tuning starts: at the task's coefficients."""
         self._check_task(task)
         if phi != 0:
             raise ValueError(f"phi is {phi!r}; with finetune it takes 0")
@@ -576,9 +588,11 @@ class Share:
         """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
         The bases become the main directions of all tasks together, and earlier tasks may move; see
-        `merge_layer`. With `grow` bases and earlier tasks stay, and directions are added; see
-        `grow_layer`. variance: None is `self.variance`. k: instead, directions a side; with `grow`
-        a basis grows up to k. The k of `from_adapters` is not remembered.
+        `merge_layer`. What no task uses is lost: with p = 1 most of what made the bases. With
+        `grow` bases and earlier tasks stay, and directions are added; see `grow_layer`.
+
+        variance: None is `self.variance`. k, instead of variance: the size of each basis, with
+        `grow` the most it may have. k and p of `from_adapters` are not remembered.
         """
         self._check_idle()
         variance = self.variance if variance is None else variance
@@ -627,7 +641,7 @@ class Share:
 
     def factors(self, layer, task):
         """LoRA's (B (n, p), A (p, d)) of a task; None where it leaves the layer alone."""
-        if task == self.learning and layer in self.trained:
+        if task == self.learning and layer in self.trained:  # not in layers that it lacks
             return learned_factors(self.bases[layer], self.trained[layer])
         self._check_task(task)
         eps = self.coefficients[layer].get(task)
@@ -658,8 +672,9 @@ class Share:
         """
         self._check_idle()
         adapter = Adapter({}) if task is None else self.reconstruct(task)
-        needed = adapter.factors or self.layers[:1]  # without a task, some layer
-        attached = self._attached(model, needed)
+        attached = self._attached(model, needed=adapter.factors)
+        if not attached:
+            raise ValueError(f"no layer of the model is attached, or it {ANOTHER_SHARE}")
         for layer, linear in attached.items():
             check_linear(layer, linear, ShareLinear)
             plain = type(linear.weight) is nn.Parameter and linear.weight.is_floating_point()
@@ -677,7 +692,7 @@ class Share:
 
     def save(self, path):
         """Write one .safetensors file, whole or not at all, with everything but the selection."""
-        # A tensor for each task would overflow the header: a layer's coefficients are side by side.
+        # One tensor per task would overflow the header, so a layer's coefficients are side by side.
         # widths[j]: the columns of task j, 0 if it leaves the layer alone.
         tensors = {}
         for i, (layer, bases) in enumerate(self.bases.items()):
@@ -797,7 +812,7 @@ def train_coefficients(
     """Phase 2 with Adam: a step for each batch in a block of `Share.learn`. Returns the losses.
 
     loss_fn(model, batch) gives a scalar. extra_parameters: tensors that train along at the same
-    rate, and stay trained. settings: of `learn`. ValueError: a loss that is not finite.
+    rate, and stay so, also after an error. settings: of `learn`. ValueError: a loss not finite.
     """
     extra = list(extra_parameters)
     losses = []
@@ -812,7 +827,7 @@ def train_coefficients(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            torch.clear_autocast_cache()  # the caller's, where `extra` is as before the step
+            torch.clear_autocast_cache()  # or autocast around this call would reuse the old `extra`
             losses.append(loss.item())
     return losses
 
@@ -896,9 +911,10 @@ def moved_layers(start, trained):
     for layer, module in trained.items():
         end = {}
         for name, parameter in module.items():
-            end[name] = parameter.detach().clone()
-            if hasattr(parameter, "full_tensor"):  # `fully_shard` has split it
-                end[name] = parameter.detach().full_tensor()
+            now = parameter.detach()
+            if hasattr(now, "full_tensor"):  # `fully_shard` has split it
+                now = now.full_tensor()
+            end[name] = now.clone()
         # .to: the block may have moved the model to another device, or cast it
         if any(not torch.equal(start[layer][name].to(now), now) for name, now in end.items()):
             moved[layer] = end
@@ -926,7 +942,7 @@ def frozen(model):
 
 
 def keep_forward_called(module, inputs):
-    """An empty hook. Any hook turns off nn.TransformerEncoderLayer's path around our forward."""
+    """Does nothing; but with a hook nn.TransformerEncoderLayer has no fast path around forward."""
 
 
 def checksum(text, tensors):
@@ -946,7 +962,7 @@ def read_safetensors(path):
     except safetensors.SafetensorError:
         return {}, {}
     header = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
-    return tensors, json.loads(header).get("__metadata__", {})
+    return tensors, json.loads(header).get("__metadata__") or {}
 
 
 def write_whole(path, content):

@@ -1,9 +1,8 @@
 """Read this as the specification of Share: each test states one law and checks it.
 
-It begins with the paper: a complete small Share that follows it word for word, slowly, on dense
-matrices, and the laws of the three phases against that. References are independent of the code,
-equality is claimed in float64, refusals are tables. A law that needs PEFT, transformers or
-accelerate has "real" in its name.
+It begins with the paper: a small complete Share, slow and on dense matrices, and the laws of the
+three phases against it. Equality is claimed in float64, refusals are tables. What needs the real
+PEFT, transformers or accelerate has "real" in its name.
 """
 
 import contextlib
@@ -168,7 +167,7 @@ def state(share, model=None):
     numbers = copy.deepcopy(dict(enumerate(tensors(share))) | model.state_dict())
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modules = [(type(m), m.training) for m in model.modules()]
-    return numbers, flags, share.tasks, share.selected, modules
+    return numbers, flags, copy.deepcopy(list(share.records.items())), share.selected, modules
 
 
 def changed(before, after):
@@ -189,7 +188,7 @@ def refused(words):
     return pytest.raises(ValueError, match=words)
 
 
-# --- The paper, word for word: a small Share
+# --- The paper, slow and plain: a small Share
 
 
 def slow_directions(stack, variance):
@@ -345,7 +344,9 @@ def test_phase_3_is_rebuilding_stacking_svd_and_projection(t, shared, stack):
 def test_the_papers_count_688128_against_1456():
     small = {f"layer {i}": (64, 64) for i in range(28)}  # coefficients do not depend on n and d
     share = Share.from_adapters(make_adapters("abcd", (8,), small, torch.float32), k=26, p=1)
-    assert sum(8 * (1536 + 1536) for _ in small) == 688_128  # as LoRA of rank 8 counts
+    large = {str(i): nn.Linear(1536, 1536, device="meta") for i in range(28)}
+    lora = attach_lora(nn.ModuleDict(large), list(large))
+    assert sum(q.numel() for q in lora.parameters() if q.requires_grad) == 688_128
     assert train.num_parameters(share, "a") == 1_456
     assert train.num_parameters(share) == 28 * 26 * (64 + 64) + 4 * 1_456
 
@@ -413,10 +414,14 @@ def test_one_adapter_merged_eleven_times_is_one_direction(stack, dtype):
 def test_a_basis_has_as_many_directions_as_the_rule_asks_for():
     mirrored = torch.tensor([2.0, 1.0, 1.0, -2.0, -1.0, -1.0]) * torch.eye(3).repeat(1, 2)
     flat = torch.linalg.qr(randn(20, 2)).Q @ (randn(2, 9) + 3)  # its mean lies in it
+    tenth = 0.1**0.5 * torch.eye(10).double()
+    tenths = torch.cat([tenth, -tenth], 1)
     same = [torch.randn(50, 1).expand(50, t) for t in (1, 2, 3, 40, 90)]  # identical columns
     for stack, variance, k in (
         (mirrored, 5 / 6, 2),  # energies 4, 1, 1, and a mean of 0: five sixths are 4 + 1
         (mirrored, 5 / 6 + 1e-6, 3),
+        *[(tenths, i / 10, i) for i in range(1, 11)],  # in spite of rounding
+        (flat.repeat(1, 2000) + 1e-5 * randn(20, 1), 1.0, 3),  # little, but all columns have it
         (flat, 1.0, 2),
         (flat + 1e-9 * randn(20, 1), 1.0, 2),
         (flat + 1e-3 * randn(20, 1), 1.0, 3),
@@ -491,8 +496,10 @@ def test_growing_keeps_all_and_adds_directions_from_outside(rule, stack):
 def test_growing_adds_nothing_for_an_adapter_inside_the_bases(stack):
     adapters = make_adapters("abcd", shared=4)
     for layer, (B, A) in adapters["d"].factors.items():  # of rank 3, in five columns:
-        G = randn(3, 5)  # two of an update's are all rounding
-        adapters["d"].factors[layer] = B @ G, torch.linalg.pinv(G) @ A
+        G = randn(3, 5)  # two of an update's are all rounding; and a sixth is from the start
+        B = torch.cat([B @ G, 1e-20 * randn(len(B), 1)], 1)
+        A = torch.cat([torch.linalg.pinv(G) @ A, 1e-20 * randn(1, A.shape[1])])
+        adapters["d"].factors[layer] = B, A
     share = Share.from_adapters({t: adapters[t] for t in "abc"}, variance=1.0, stack=stack)
     before = bases(share)
     share.merge({"d": adapters["d"]}, variance=1.0, grow=True)
@@ -509,6 +516,25 @@ def test_growing_keeps_a_small_adapter_beside_a_huge_one(inside, stack):
     new["large"].factors = {x: (1e9 * B, A) for x, (B, A) in new["large"].factors.items()}
     share.merge(new, variance=1.0, grow=True)
     assert error(share, new) < 1e-4
+
+
+def test_a_basis_grown_by_faint_directions_is_orthonormal():
+    share = make_share("a", shapes={"x": (8, 30)}, variance=1.0)
+    B = randn(8, 8) @ with_singular_values(torch.logspace(0, -5.5, 8).double(), 8, 30)
+    share.merge({"b": Adapter({"x": (B, randn(30, 30))})}, variance=1.0, grow=True)
+    beta, _ = share.bases["x"]
+    assert beta.shape == (8, 8)
+    assert torch.allclose(beta.T @ beta, torch.eye(8).to(beta), atol=1e-10)
+
+
+def test_with_p_1_a_merge_keeps_what_tasks_use_growing_keeps_all():
+    share = make_share("abc", variance=1.0, p=1)
+    grown = copy.deepcopy(share)
+    new = make_adapters("d", (1,))
+    share.merge(new, variance=1.0)
+    grown.merge(new, variance=1.0, grow=True)
+    assert set(sizes(share)) == {4}  # a column for each task is all that is stacked
+    assert set(sizes(grown)) == {3 + 2 + 4 + 1}
 
 
 def test_float32_bases_stay_orthonormal_over_sixty_merges():
@@ -637,6 +663,8 @@ def test_half_precision_adapters_make_a_float32_share():
     share.merge({"c": half})
     assert {tensor.dtype for tensor in tensors(share)} == {torch.float32}
     assert error(share, dict.fromkeys("abc", half)) < 1e-3
+    mixed = Adapter({"x": (torch.randn(6, 2), randn(2, 5))})
+    assert Share.from_adapters({"a": mixed}).bases["x"][0].dtype == torch.float64
 
 
 @cases("selected, left", ("a", None), ("b", "b"), (["a", None], None), (["b", None], ("b", None)))
@@ -678,9 +706,6 @@ def test_attach_changes_outputs_alone_and_detach_undoes_it(assign):
     model.second.weight.requires_grad_(False)
     plain = copy.deepcopy(model.state_dict())
     flags = state(share, model)[1]
-    first = model.first
-    called = []
-    first.register_forward_hook(lambda module, inputs, output: called.append(module))
     with unchanged(share, model):
         returned = share.attach(model)
         assert state(share, model)[1] == flags
@@ -688,8 +713,7 @@ def test_attach_changes_outputs_alone_and_detach_undoes_it(assign):
         model(batch(torch.float32))
         share.detach(model)
     assert returned is model
-    assert called == [first]
-    assert not first._forward_pre_hooks
+    assert not model.first._forward_pre_hooks
 
 
 @cases("dtype, tolerance", (torch.float32, 1e-5), (torch.bfloat16, 0.05))
@@ -699,9 +723,11 @@ def test_a_folded_task_gives_the_outputs_of_the_attached_one(dtype, tolerance):
     x = batch(dtype)
     share.select("b")
     expected = model(x)
+    model.second.weight.requires_grad_(False)
     share.detach(model, "b")
     assert torch.equal(model.first.weight, weight.to(dtype))  # rounded once
     assert model.first.weight.requires_grad
+    assert not model.second.weight.requires_grad
     assert relative(model(x).float(), expected.float()) < tolerance
 
 
@@ -714,7 +740,6 @@ def patched(linear):
     "make, words",
     (lambda: nn.Conv1d(3, 3, 1), "is Conv1d"),
     (lambda: nn.Linear(12, 41), r"is Linear.*\(n, d\) = \(40, 12\)"),
-    (lambda: nn.Linear(13, 40), r"is Linear.*\(n, d\) = \(40, 12\)"),
     (lambda: nn.Linear(12, 40, device="meta"), "is Linear.*meta"),
     (lambda: patched(nn.Linear(12, 40)), "is Linear.*forward"),
     (lambda: prune.identity(nn.Linear(12, 40), "weight"), "is Linear"),  # makes its weight anew
@@ -765,12 +790,11 @@ def test_a_copied_model_has_a_share_of_its_own():
     assert torch.equal(copied(x), expected)
     assert not torch.equal(model(x), expected)
     for call in (Share.attach, Share.detach, enter, lambda s, m: s.detach(m, "a")):
-        with refused("layer 'first' carries another share, see its `.share`"):
+        with refused("layer .* carries another share, see its `.share`"):
             call(share, copied)
     train_coefficients(copied.first.share, copied, "new", [x], square_loss)
     copied.first.share.detach(copied, "a")
     assert isinstance(model.first, ShareLinear)
-    assert share.tasks == ["a"]
 
 
 def test_attaching_again_adds_the_layers_that_a_merge_brought():
@@ -858,7 +882,6 @@ def test_moving_a_model_that_is_there_touches_no_coefficient():
     for held in share.coefficients.values():
         held["a"] = None  # whatever looks at it fails
     model.to(DEVICE).half().float()
-    assert share.bases["first"][0].dtype == torch.float32
 
 
 def test_a_compiled_model_follows_the_selection_without_a_break():
@@ -911,6 +934,8 @@ def test_in_the_block_the_new_parameters_alone_are_trained(p, phi, mode):
     model.train(mode)  # in which a batch changes the buffers of `norm`
     model.register_buffer("read_only", torch.zeros(1).expand(5), persistent=False)
     model.register_buffer("offloaded", torch.zeros(1, device="meta"), persistent=False)
+    model.register_buffer("cache", torch.zeros(3), persistent=False)
+    square_loss(model, batch()).backward()  # gradients from before count for nothing
     before = state(share, model)
     plain = copy.deepcopy(model.state_dict())
     shapes = [basis.shape for basis in bases(share)]
@@ -919,7 +944,8 @@ def test_in_the_block_the_new_parameters_alone_are_trained(p, phi, mode):
         trainable = [q for q in model.parameters() if q.requires_grad]
         assert list(map(id, trainable)) == list(map(id, parameters))
         assert sum(q.numel() for q in trainable) == sum((k + phi) * p + n * phi for n, k in shapes)
-        fit(model, parameters, batch(), steps=1)
+        fit(model, list(model.parameters()), batch(), steps=1)
+        model.cache = torch.zeros(2)
         end = copy.deepcopy(model.state_dict())  # a checkpoint
         model.load_state_dict(end)
         assert {x for x in changed(start, end) if "norm" not in x} == start.keys() - plain.keys()
@@ -934,13 +960,15 @@ def test_learning_starts_at_random_and_alike_everywhere():
     first = start_of(share, model, p=2, sigma=0.5)
     assert torch.equal(torch.get_rng_state(), global_state)
     torch.manual_seed(5)
-    assert_all_equal(start_of(share, model, p=2, sigma=0.5), first)
+    with torch.device("meta"):  # nor does a default device play a part
+        assert_all_equal(start_of(share, model, p=2, sigma=0.5), first)
     for a, b in zip(first, start_of(share, model, p=2, sigma=0.5, seed=1), strict=True):
         assert not torch.equal(a, b)
         assert (a != 0).all()  # both sides at 0: nothing would move
     assert torch.cat([eps.flatten() for eps in first]).std() > 0.3
     eps_beta, columns_beta = start_of(share, model, phi=2)[:2]  # as by default, but for phi
     assert eps_beta.shape == (share.bases["first"][0].shape[1] + 2, 1)
+    assert 0.01 < eps_beta.std() < 0.1
     assert (columns_beta.norm(dim=0) - 1).abs().max() < 0.5
 
 
@@ -977,7 +1005,7 @@ def interrupt(model, x):
     ([lambda m, x: (m(x) * 0).abs().sqrt().sum()], "NaN or infinity"),  # in its slope
     ([lambda m, x: m(x).sum().detach()], "does not require grad"),
     ([lambda m, x: x.clone().requires_grad_().sum()], "no parameter has moved"),
-    ([], "task '(new|a)': no parameter has moved; was the optim"),
+    ([], "task '(new|a)': no parameter has moved; likely an optimizer made before"),
 )
 def test_a_run_that_fails_or_learns_nothing_leaves_all(losses, words, settings):
     share, model = attached()
@@ -991,11 +1019,11 @@ def test_a_run_that_fails_or_learns_nothing_leaves_all(losses, words, settings):
 
 
 @variants(settings=[{"task": "new"}, {"task": "new", "phi": 1}, {"task": "a", "finetune": True}])
-def test_a_block_in_which_a_head_alone_moved_is_an_error(settings):
+def test_an_optimizer_made_before_the_block_is_an_error(settings):
     share, model = attached()
-    early = torch.optim.AdamW(model.parameters())  # made before the block
+    early = torch.optim.AdamW(model.parameters())
     with unchanged(share), refused("no parameter has moved"), share.learn(model, **settings):
-        model.middle.requires_grad_(True)
+        model.middle.requires_grad_(True)  # a head, which does move
         square_loss(model, batch()).backward()
         early.step()
     train_coefficients(share, model, "new", [batch()], square_loss)
@@ -1093,6 +1121,9 @@ def learn_in_parallel(rank, folder, wrap, phi):
             parameters = [q for q in model.parameters() if q.requires_grad]
         fit(run, parameters, x)
     assert all(parameter.requires_grad for parameter in model.parameters())
+    if wrap == "fsdp":  # what a second block trained would be each process's own
+        with refused("layer 'first' is sharded"):
+            enter(share, model, "other")
     share.save(folder / f"{wrap} {rank}")
     if wrap:
         torch.distributed.barrier()
@@ -1177,7 +1208,7 @@ def test_a_saved_share_loads_with_every_number_the_same(tmp_path):
     adapters["tensor"].extras["tensor"] = torch.randn(2, 2).half()
     adapters["tensor"].config["tensor"] = {"tensor": 3}
     del adapters["a_b"].factors["first"]
-    share = Share.from_adapters(adapters, stack="updates", variance=0.9)
+    share = Share.from_adapters(adapters, stack="updates", variance=torch.tensor(0.9))
     share.select("a/b")
     with torch.device("meta"):  # a default device plays no part
         share.save(tmp_path / "share")
@@ -1215,6 +1246,7 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path):
     Share.load(path)
     damaged = [raw[:n] for n in (0, 1, 8, 100, len(raw) - 1)] + [b"\x80\x02.", raw + b"\0"]
     damaged.append(safetensors.torch.save({"weight": torch.ones(2)}))
+    damaged.append((21).to_bytes(8, "little") + b'{"__metadata__":null}')
     for i in torch.randint(0, len(raw), (200,)).tolist():  # and any flipped bit
         damaged.append(raw[:i] + bytes([raw[i] ^ 1 << i % 8]) + raw[i + 1 :])
     for content in damaged:
@@ -1267,7 +1299,8 @@ GOOD = make_adapters("c")["c"]
 UNKNOWN = r"task 'x' is unknown; the share has \['a', 'b'\]"
 EYE = torch.eye(5)
 X = [Adapter({"x": (torch.ones(n, 1), torch.ones(1, 3))}) for n in (4, 5)]
-NOTHING = {"a": Adapter({"first": (torch.zeros(20, 1), torch.ones(1, 30))})}
+ZERO = Adapter({"first": (torch.zeros(20, 1), torch.ones(1, 30))})
+NOTHING = Share.from_adapters({"a": ZERO}, stack="updates")
 
 
 def enter(share, model, task="new", **settings):
@@ -1279,13 +1312,11 @@ def enter(share, model, task="new", **settings):
     (lambda B, A: (B, A[:, :-1]), r"takes \(40, r\) and \(r, 12\)"),
     (lambda B, A: (B[:-1], A), r"takes \(40, r\) and \(r, 12\)"),
     (lambda B, A: (B[:, :, None], A), "takes"),
-    (lambda B, A: (B[:, 0], A[0]), "takes"),
     (lambda B, A: (B[:, :-1], A), "takes"),
     (lambda B, A: (B[:, :0], A[:0]), "takes"),
     (lambda B, A: (B.clone().fill_diagonal_(torch.inf), A), "infinity"),
     (lambda B, A: (B, 0 / A.tril()), "NaN"),
     (lambda B, A: (B, A + 0j), "floats"),
-    (lambda B, A: (B.int(), A), "floats"),
 )
 def test_an_adapter_that_does_not_fit_is_refused_by_name(change, words):
     share = make_share()
@@ -1309,7 +1340,6 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(change, words):
     (lambda s, m: s.merge({"c": X[0], "d": X[1]}), "'d', layer 'x'"),
     (lambda s, m: s.merge({"a": GOOD}), "task 'a' exists"),
     (lambda s, m: s.merge({"c": GOOD}, variance=1.5), "variance is 1.5"),
-    (lambda s, m: s.merge({"c": GOOD}, k=1.0), "k is 1.0"),
     (lambda s, m: s.add("a", GOOD), "task 'a' exists"),
     (lambda s, m: s.add(3, GOOD), "task 3 .*is no string"),
     (lambda s, m: s.add("c", GOOD, p=0), "p is 0"),
@@ -1319,19 +1349,16 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(change, words):
     (lambda s, m: s.select(["a", "x"]), UNKNOWN),
     (lambda s, m: s.factors("first", "x"), UNKNOWN),
     (lambda s, m: make_share().attach(nn.Identity()), "the model has no layer 'first'"),
-    (lambda s, m: s.detach(nn.Identity()), "layer 'first' is not attached"),
+    (lambda s, m: s.detach(nn.Identity()), "no layer of the model is attached"),
     (lambda s, m: s.detach(nn.Sequential(m.first), "a"), "layer 'second' is not attached"),
     (lambda s, m: enter(s, nn.Identity()), "layer 'first' is not attached; share.attach"),
     *[(lambda s, m, p=p: enter(s, m, p=p), f"p is {p}") for p in (0, None)],
     *[(lambda s, m, v=v: enter(s, m, phi=v), f"phi is {v}; .* k, 4") for v in (-1, 1.0, 4)],
-    (lambda s, m: enter(Share.from_adapters(NOTHING, stack="updates"), m), "phi is 0; .* k, 0"),
+    (lambda s, m: enter(NOTHING, m, phi=1), "phi is 1; .* k, 0"),
     (lambda s, m: enter(s, m, "a"), "task 'a' exists"),
     (lambda s, m: enter(s, m, "a", finetune=True, phi=1), "phi is 1"),
     (lambda s, m: enter(s, m, "x", finetune=True), UNKNOWN),
     (lambda s, m: average(s, "", "new"), "adapter has no layers"),
-    (lambda s, m: average(s, "ax", "new"), UNKNOWN),
-    (lambda s, m: average(s, "ab", "a"), "task 'a' exists"),
-    (lambda s, m: average(s, "ab", "new", p=0), "p is 0"),
     (lambda s, m: attach_lora(Net(), ["first", "third"]), "target 'third'"),
     (lambda s, m: attach_lora(Net(), ["first"], 0), "r is 0"),
     *[(lambda s, m, x=x: Router.fit({"b": x}), "'b': feat") for x in (EYE[:1], EYE[0], EYE / 0)],
@@ -1454,7 +1481,6 @@ ONES = torch.ones(1, 3, 3)
     ({}, {Q[17:] + "A.weight": ONES[0]}, "'q_proj.lora_A.weight' is no base_model.model.LAYER"),
     ({}, {Q + "A.weight": ONES[0]}, r"layer 'q_proj' has no B \(n, r\) for an A"),
     ({}, {Q + "A.weight": ONES[0, :2], Q + "B.weight": ONES[0]}, "layer 'q_proj' has no B"),
-    ({}, {Q + "A.weight": ONES, Q + "B.weight": ONES}, "layer 'q_proj' has no B"),
 )
 def test_what_is_no_plain_lora_is_refused_by_directory(tmp_path, changes, extras, words):
     plain = {"use_dora": False, "init_lora_weights": "gaussian", "target_parameters": []}
@@ -1591,30 +1617,7 @@ def test_real_trainer_learns_our_parameters_and_checkpoints(tmp_path, phi, reent
     assert relative(model(tokens).logits, end) < 1e-4
 
 
-def test_real_trainer_with_an_optimizer_from_before_is_an_error(tmp_path):
-    share, model, make_trainer = llama_and_trainer(tmp_path)
-    early = torch.optim.AdamW(model.parameters(), lr=0.1)
-    with unchanged(share), refused("no parameter has moved"), share.learn(model, "new"):
-        make_trainer(model, optimizers=(early, None)).train()
-    assert share.tasks == ["a", "b"]
-
-
 # --- train.py: Router and average
-
-
-@variants(f=[4, 16])
-def test_the_router_knows_its_classes_and_sends_strangers_away(f):
-    def draw(mean, n):
-        return (mean + torch.randn(n, f)) * spread
-
-    spread = torch.rand(f) + 0.5  # features of different sizes
-    corners = torch.cartesian_prod(*[torch.tensor([0.0, 6.0])] * 4)[:9]
-    means = nn.functional.pad(corners, (0, f - 4))  # at least 6 standard deviations apart
-    router = Router.fit({f"task {i}": draw(mean, 60) for i, mean in enumerate(means[:8])})
-    right = [router.route(draw(mean, 200)).count(f"task {i}") for i, mean in enumerate(means)]
-    assert sum(right) / 1600 >= 0.95
-    assert router.route(draw(means[8], 400)).count(None) / 400 >= 0.95
-    assert router.route(torch.full((1, f), torch.nan)) == [None]
 
 
 def test_a_router_is_worked_out_by_hand():
@@ -1624,8 +1627,8 @@ def test_a_router_is_worked_out_by_hand():
     assert router.scale.tolist() == [[0.5]]
     assert router.means.tolist() == [[1.0], [6.0]]
     assert router.radius == pytest.approx((1 + 4.5) / 2)  # scaled: to the own, the nearer other
-    x = torch.tensor([[-3.4], [-3.6], [6.9], [17.4], [17.6]])
-    assert router.route(x) == ["a", None, "a", "b", None]
+    x = torch.tensor([[-3.4], [-3.6], [6.9], [17.4], [17.6], [torch.nan]])
+    assert router.route(x) == ["a", None, "a", "b", None, None]
     assert not router.means.requires_grad
     assert Router.fit({"a": features["a"]}).radius == pytest.approx(1.0)
 
@@ -1653,7 +1656,6 @@ def test_the_average_is_the_best_fit_to_the_mean_of_the_updates():
         assert share.coefficients[layer]["all"][0].shape[1] <= p
     mean = (adapters["a"].delta("first") + adapters["c"].delta("first")) / 2
     assert relative(share.reconstruct("two").delta("first"), best(mean, 2)) < 1e-6
-    assert share.tasks == ["a", "b", "c", "all", "two"]
 
 
 # --- train.py: the experiment
@@ -1667,7 +1669,6 @@ def test_the_experiments_numbers_are_those_worked_out_by_hand():
     assert metrics["forgetting"] == pytest.approx(((0.9 - 0.7) + (0.8 - 0.5)) / 2)
     assert train.metrics([[0.5, 0.0], [0.9, 1.0]])["forgetting"] == pytest.approx(-0.4)
     assert train.spread([1.0, 2.0, 4.5], 2) == "2.50 ± 1.80"  # sqrt((1.5² + 0.5² + 2²) / 2)
-    assert train.spread([0.25], 3) == "0.250"
     assert train.spread([None], 3) == ""
     share = {"stored": 130, "trained_per_task": 10, "accuracy_matrix": R}  # bases of 100
     methods = {"share": share, "lora": {"trained_per_task": 30}}  # 100 + 10 t < 30 t from 6 on
@@ -1727,9 +1728,8 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def loss_of_readme(model, x):
-    return sum(
-        model["lm_head"](block["q_proj"](x)).square().mean() for block in model["model"]["layers"]
-    )
+    blocks = model["model"]["layers"]
+    return sum(model["lm_head"](block["q_proj"](x)).square().mean() for block in blocks)
 
 
 def test_the_readme_examples_run(tmp_path, monkeypatch):
