@@ -12,7 +12,8 @@ alpha that all tasks have in common, and of each task only its coefficients in t
     eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p, the pseudo-rank, may be 1
     phi                  an integer        columns added to both bases while a task is learned
 
-`factors` are LoRA's (B, A). A `pair` is (B, A^T): side 0 and side 1 of a layer, both as columns.
+`factors` are LoRA's (B, A). A `pair` is (B, A^T), so that both sides of a layer, 0 and 1, are
+columns.
 Phase 1: the bases are the main directions of some adapters' factors. Phase 2: a new task trains
 its coefficients. Phase 3: new adapters join the bases; all coefficients follow by projection.
 
@@ -73,7 +74,7 @@ class Adapter:
 
 
 def exact_product(a, b):
-    """a @ b, computed in float64, in a's dtype. Autocast leaves float64 alone."""
+    """a @ b in float64, which autocast does not touch; returned in a's dtype."""
     return (a.double() @ b.double()).to(a.dtype)
 
 
@@ -84,7 +85,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # Autocast would round B and A, and its cache would hand out the eps of before the last step.
+    # Autocast would round B and A, and could reuse an eps cached before the last optimizer step.
     with torch.autocast(beta.device.type, enabled=False):
         B = beta @ eps_beta.to(beta.dtype)
         A = eps_alpha.to(alpha.dtype).T @ alpha.T
@@ -120,7 +121,7 @@ class ShareLinear(nn.Linear):
         factors = self.share.factors(self.layer, selected)
         if factors is None:  # the task leaves this layer alone
             return out
-        B, A = factors  # formed once; each token then costs what it costs in a LoRA of rank p
+        B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
         x = input.to(A.dtype)
         delta_x = nn.functional.linear(nn.functional.linear(x, A), B)
         return (out + delta_x).to(out.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
@@ -165,10 +166,10 @@ def build_basis(stack, variance=0.6, k=None):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
     The paper's phase 1: subtract the mean column, take the SVD, keep the fewest left singular
-    vectors that explain the fraction `variance` (there 0.6). Ours: the mean is then added as one
-    more direction. With `k` instead: the k heaviest directions, uncentred, or all if there are
-    fewer. Computed in float64; the result is float32 at least. ValueError: variance or k out of
-    range; a stack that is not (n, m >= 1), or not finite.
+    vectors that explain the fraction `variance` (there 0.6). Ours: the mean, which centring has
+    removed, is added as one more direction. With `k`: no centring, the k heaviest directions, fewer
+    if the rank is less. Computed in float64; the result is float32 at least. ValueError: variance
+    or k out of range; a stack that is not (n, m >= 1), or not finite.
     """
     check_numbers(variance, k=k)
     if stack.dim() != 2 or stack.shape[1] == 0 or not stack.isfinite().all():
@@ -187,7 +188,7 @@ def main_directions(stack, variance, k, centred):
     X = X - mean
     basis = heaviest(X, variance, k, norm)
     outside = mean - basis @ (basis.T @ mean)
-    # Each of the m columns had the mean in it: together they have √m ‖outside‖ outside the basis.
+    # The stack had the mean m times, once in each column: that is a norm of √m ‖outside‖.
     if X.shape[1] ** 0.5 * outside.norm() > ROUNDING * norm:
         basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q  # one more column, along outside
     return basis
@@ -215,7 +216,7 @@ def heaviest(X, variance, k, norm):
         k = 1 + int(is_too_little.sum())
     vectors = vectors[:, : min(k, rank)]
     if tall:
-        return torch.linalg.qr(X @ vectors).Q  # X V = U S
+        return torch.linalg.qr(X @ vectors).Q  # X V = U S: here QR only divides by S
     return vectors
 
 
@@ -233,9 +234,9 @@ def stack_of(pairs, side, kind):
 
 
 def thin_updates(own, other):
-    """(t, n, r) in float64, for each M = own other^T (ΔW or ΔW^T): its directions in r columns.
+    """For each M = own other^T (ΔW or ΔW^T), r columns T that stand for it: (t, n, r), float64.
 
-    These columns T have T T^T = M M^T / ‖M‖², so the SVD sees in them what it would see in M.
+    T T^T = M M^T / ‖M‖², so that an SVD sees in T what it would see in M, at norm 1.
     """
     # other = Q R with Q^T Q = 1, so M = own R^T Q^T, and M M^T = (own R^T) (own R^T)^T.
     R = torch.linalg.qr(stack_padded(other).double(), mode="r").R
@@ -263,7 +264,7 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
-    if 0 in middle.shape:  # a basis is empty: the SVD would have no columns, where p are due
+    if 0 in middle.shape:  # ΔW is 0; without columns the task would seem to leave the layer alone
         return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     root = S[:p].sqrt()
@@ -287,7 +288,7 @@ def build_layer(pairs, kind, variance, k, at_least=(0, 0)):
         if k is None and basis.shape[1] < at_least[side]:
             basis = main_directions(stack, variance, at_least[side], centred=False)
         bases.append(basis.to(dtype).contiguous())
-        del stack, basis  # they may be large: before the other side's are made
+        del stack, basis  # they may be large: freed before the other side's are made
     coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
     return tuple(bases), coefficients
 
@@ -334,7 +335,8 @@ def grow_layer(bases, old, new, kind, variance, k):
         outside = outside_of(basis, stack_of(new, side, kind))
         room = None if k is None else max(0, k - basis.shape[1])
         added = main_directions(outside, variance, room, centred=False)
-        added = outside_of(basis, added)  # faint ones of a wide stack lean a little into the basis
+        # By eigh's rounding, faint directions lie slightly inside the basis.
+        added = torch.linalg.qr(outside_of(basis, added)).Q
         grown.append(torch.cat([basis, added.to(basis.dtype)], dim=1))
 
     coefficients = {}
@@ -358,7 +360,7 @@ def outside_of(basis, stack):
     outside = stack - Q @ (Q.T @ stack)
     lengths = stack.norm(dim=0)
     is_inside = outside.norm(dim=0) <= ROUNDING * lengths
-    is_rounding = lengths <= 1e-12 * lengths.norm()  # beside the others, in float64
+    is_rounding = lengths <= 1e-12 * lengths.norm()  # so short beside the others
     # Both kinds leave only rounding outside, which would be taken for directions.
     return outside[:, ~(is_inside | is_rounding)]
 
@@ -422,9 +424,10 @@ class Share:
     def attach(self, model):
         """Make each nn.Linear that has bases a ShareLinear, in place; returns the model.
 
-        Layers are named as in `model.named_modules()`. Attach again after a merge has added, or the
-        model replaced, a layer. Code that reads a weight instead of calling the layer sees W0
-        only: TRL with lm_head, diffusers after fuse_qkv_projections, some blocks of timm and Mamba.
+        Layers are named as in `model.named_modules()`. Attach again when a merge brings a new
+        layer, or when you replace one in the model. Code that reads a weight instead of calling the
+        layer sees W0 only: TRL with lm_head, diffusers after fuse_qkv_projections, some blocks of
+        timm and Mamba.
         """
         modules = dict(model.named_modules(remove_duplicate=False))
         attached = self._attached(model)
@@ -448,7 +451,7 @@ class Share:
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share = self
             linear.layer = layer
-            linear.hook = linear.register_forward_pre_hook(keep_forward_called)
+            linear.hook = linear.register_forward_pre_hook(keep_forward_called)  # see there
             self._move(layer, linear.weight.device)
         return model
 
@@ -483,28 +486,30 @@ class Share:
         In the block the task is selected, and its parameters are all of the model that requires
         gradients. Create inside the block whatever has to know them:
         - the optimizer, with a rate near 1e-2 (5e-5 does nothing);
-        - DistributedDataParallel; fully_shard, once for a model, and then the optimizer of the
-          model's parameters, which are new ones;
+        - DistributedDataParallel; fully_shard, once for a model: it makes new parameters, so give
+          the optimizer model.parameters();
         - moving averages, to be copied into the model before the block ends.
-        A head to train along is unfrozen inside; you keep it, per task, and all tasks feel it.
+        To train a head, too, unfreeze it inside. The share does not keep it: copy it for each task,
+        and put it back yourself, as other tasks and the bare model would use it as well.
 
         p: pseudo-rank, the columns of the coefficients.
-        phi: temporary columns, trained, too, beside each basis, fewer than the largest k; at the
-            end of the block the task is merged.
+        phi: trained temporary columns beside each basis, fewer than the largest k; at the end of
+            the block the task is merged.
         sigma, seed: coefficients start as N(0, sigma²), alike in every process.
-        finetune: train an existing task on, from what it has; of the rest only phi=0 applies.
+        finetune: train an existing task on, from what it has; phi must be 0, p, sigma, seed and
+            grow play no part.
         grow: the merge after phi > 0 is merge(grow=True, variance=1), which loses nothing. False:
             the paper's, after which little of the task may be left; look at `retained()`.
 
-        A layer whose parameters have not moved is no part of the task; weight decay, or a cast
-        down and up, is a move. ValueError if none has; then, as after any exception, nothing is
-        kept. At the end requires_grad and the buffers of the model are as before.
+        A layer is part of the task only if its parameters changed, be it by weight decay or by a
+        cast down and up. ValueError if none did; then, as after any exception, nothing is kept.
+        Gradients are cleared at the start; requires_grad and buffers are put back at the end.
         """
         self._check_idle()
         start = self._resume(task, phi) if finetune else self._start(task, p, phi, sigma, seed)
         attached = self._attached(model, needed=start)
         for layer, linear in attached.items():
-            if hasattr(linear.weight, "full_tensor"):  # what is added now would not be averaged
+            if hasattr(linear.weight, "full_tensor"):  # new parameters would not be synchronised
                 raise ValueError(f"layer {layer!r} is sharded; call fully_shard inside the block")
         trained = copy.deepcopy(start)
         with frozen(model), self._training(task, trained, attached):
@@ -541,7 +546,7 @@ class Share:
         # The paper has phi < k. Here k differs by layer and side: the largest counts.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
         largest = max(sizes, default=0)
-        if type(phi) is not int or not (phi == 0 or 0 < phi < largest):
+        if type(phi) is not int or not 0 <= phi < max(1, largest):
             raise ValueError(f"phi is {phi!r}; it takes 0, or less than the largest k, {largest}")
         generator = torch.Generator().manual_seed(seed)
         start = {}
@@ -588,8 +593,8 @@ class Share:
         """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
         The bases become the main directions of all tasks together, and earlier tasks may move; see
-        `merge_layer`. What no task uses is lost: with p = 1 most of what made the bases. With
-        `grow` bases and earlier tasks stay, and directions are added; see `grow_layer`.
+        `merge_layer`. Directions that no task uses are lost, which are most if all tasks have
+        p = 1. With `grow` bases and earlier tasks stay, and directions are added; see `grow_layer`.
 
         variance: None is `self.variance`. k, instead of variance: the size of each basis, with
         `grow` the most it may have. k and p of `from_adapters` are not remembered.
@@ -641,7 +646,7 @@ class Share:
 
     def factors(self, layer, task):
         """LoRA's (B (n, p), A (p, d)) of a task; None where it leaves the layer alone."""
-        if task == self.learning and layer in self.trained:  # not in layers that it lacks
+        if task == self.learning and layer in self.trained:  # a task may leave the layer alone
             return learned_factors(self.bases[layer], self.trained[layer])
         self._check_task(task)
         eps = self.coefficients[layer].get(task)
@@ -658,7 +663,7 @@ class Share:
         return Adapter(factors, record["extras"], record["config"])
 
     def retained(self):
-        """{task: ‖ΔW now‖² / ‖ΔW as it came in or was learned‖²}, over all layers, 0 … 1."""
+        """{task: ‖ΔW now‖² / ‖ΔW when it was added or learned‖²}, over all layers, 0 … 1."""
         parts = {}
         for task, record in self.records.items():
             energy = self.reconstruct(task).energy()
@@ -674,7 +679,7 @@ class Share:
         adapter = Adapter({}) if task is None else self.reconstruct(task)
         attached = self._attached(model, needed=adapter.factors)
         if not attached:
-            raise ValueError(f"no layer of the model is attached, or it {ANOTHER_SHARE}")
+            raise ValueError(f"no layer of the model is attached, or each {ANOTHER_SHARE}")
         for layer, linear in attached.items():
             check_linear(layer, linear, ShareLinear)
             plain = type(linear.weight) is nn.Parameter and linear.weight.is_floating_point()
@@ -812,7 +817,8 @@ def train_coefficients(
     """Phase 2 with Adam: a step for each batch in a block of `Share.learn`. Returns the losses.
 
     loss_fn(model, batch) gives a scalar. extra_parameters: tensors that train along at the same
-    rate, and stay so, also after an error. settings: of `learn`. ValueError: a loss not finite.
+    rate; their changes stay, even after an error. settings: of `learn`. ValueError: a loss that is
+    not finite.
     """
     extra = list(extra_parameters)
     losses = []
@@ -942,7 +948,7 @@ def frozen(model):
 
 
 def keep_forward_called(module, inputs):
-    """Does nothing; but with a hook nn.TransformerEncoderLayer has no fast path around forward."""
+    """Does nothing. A hook makes nn.TransformerEncoderLayer call forward, not take a fast path."""
 
 
 def checksum(text, tensors):
