@@ -488,7 +488,7 @@ class Share:
         - the optimizer, with a rate near 1e-2 (5e-5 does nothing);
         - DistributedDataParallel; fully_shard, once for a model: it makes new parameters, so give
           the optimizer model.parameters();
-        - moving averages, to be copied into the model before the block ends.
+        - moving averages or a best state_dict(), copied into the model before the block ends.
         To train a head, too, unfreeze it inside. The share does not keep it: copy it for each task,
         and put it back yourself, as other tasks and the bare model would use it as well.
 
@@ -503,7 +503,7 @@ class Share:
 
         A layer is part of the task only if its parameters changed, be it by weight decay or by a
         cast down and up. ValueError if none did; then, as after any exception, nothing is kept.
-        Gradients are cleared at the start; requires_grad and buffers are put back at the end.
+        Gradients are cleared at the start; requires_grad and saved buffers are put back at the end.
         """
         self._check_idle()
         start = self._resume(task, phi) if finetune else self._start(task, p, phi, sigma, seed)
@@ -569,8 +569,8 @@ class Share:
         start = {}
         for layer, held in self.coefficients.items():
             if task in held:
-                eps_beta, eps_alpha = held[task]
-                start[layer] = nn.ParameterDict({"eps_beta": eps_beta, "eps_alpha": eps_alpha})
+                start[layer] = nn.ParameterDict()  # made of a dict it would sort the names
+                start[layer]["eps_beta"], start[layer]["eps_alpha"] = held[task]
         return start
 
     def _keep(self, task, moved, phi, grow):
@@ -696,7 +696,7 @@ class Share:
         return model
 
     def save(self, path):
-        """Write one .safetensors file, whole or not at all, with everything but the selection."""
+        """Write one .safetensors file, whole or not at all: all but selection and open block."""
         # One tensor per task would overflow the header, so a layer's coefficients are side by side.
         # widths[j]: the columns of task j, 0 if it leaves the layer alone.
         tensors = {}
@@ -929,9 +929,10 @@ def moved_layers(start, trained):
 
 @contextlib.contextmanager
 def frozen(model):
-    """Freeze a model and clear its gradients; put back requires_grad and (BatchNorm's) buffers."""
+    """Freeze a model, clear its gradients; put back requires_grad and buffers like BatchNorm's."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    buffers = {name: b.clone() for name, b in model.named_buffers() if not b.is_meta}
+    saved = model.state_dict().keys()  # buffers that are not in it are caches: not ours to put back
+    buffers = {name: b.clone() for name, b in model.named_buffers() if name in saved}
     model.requires_grad_(False)
     model.zero_grad()
     try:
@@ -940,11 +941,8 @@ def frozen(model):
         for name, parameter in model.named_parameters():  # by name: fully_shard makes new ones
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))
         for name, buffer in model.named_buffers():
-            before = buffers.get(name)
-            if before is None or before.shape != buffer.shape:
-                continue
-            if not torch.equal(before.to(buffer), buffer):  # an unchanged one may be read-only
-                buffer.copy_(before)
+            if name in buffers and buffer.shape == buffers[name].shape:
+                buffer.copy_(buffers[name])
 
 
 def keep_forward_called(module, inputs):

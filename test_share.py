@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import share as module
@@ -136,7 +135,7 @@ def error(share, adapters):
     for task, adapter in adapters.items():
         held = share.reconstruct(task)
         errors += [relative(held.delta(x), adapter.delta(x)) for x in adapter.factors]
-    return max(errors)
+    return float(torch.tensor(errors).max())  # of NaN NaN
 
 
 def same_span(a, b, tolerance=1e-5):
@@ -369,19 +368,6 @@ def with_singular_values(values, n, m):
     return (left * values) @ right.T
 
 
-@variants(shape=[(500, 500), (450, 700), (700, 450)], dtype=[torch.float64, torch.bfloat16])
-@variants(kind=["few", "falling", "flat"])
-def test_a_large_stack_has_the_directions_of_a_plain_svd(kind, shape, dtype):
-    i = torch.arange(min(shape), dtype=torch.float64).flip(0)
-    values = {"few": (i < 37) * (1 + 0.1 * i) + 1e-3, "falling": 1 / (1 + i), "flat": 2 - i / 600}
-    stack = with_singular_values(values[kind], *shape).to(dtype)
-    basis = build_basis(stack)
-    assert basis.dtype == torch.promote_types(dtype, torch.float32)
-    assert same_span(basis.double(), slow_basis(stack.double(), 0.6))
-    heaviest = torch.linalg.svd(stack.double()).U[:, :15]
-    assert same_span(build_basis(stack, k=15).double(), heaviest)
-
-
 @variants(shape=[(500, 500), (500, 800), (800, 500)], dtype=[torch.float64, torch.float32])
 def test_faint_directions_beside_heavy_ones_are_those_of_the_svd(shape, dtype):
     faint = torch.logspace(-4.52, -5.7, 490, dtype=torch.float64)  # from 3e-5 to 2e-6
@@ -430,6 +416,7 @@ def test_a_basis_has_as_many_directions_as_the_rule_asks_for():
         (torch.zeros(3, 5), 0.6, 0),
     ):
         assert build_basis(stack, variance).shape == (len(stack), k)
+        assert build_basis(stack, variance).dtype == torch.promote_types(stack.dtype, torch.float32)
     for stack in same:
         assert same_span(build_basis(stack, k=7), stack[:, :1] / stack[:, :1].norm())
     assert build_basis(torch.zeros(3, 5), k=3).shape == (3, 0)
@@ -497,7 +484,7 @@ def test_growing_adds_nothing_for_an_adapter_inside_the_bases(stack):
     adapters = make_adapters("abcd", shared=4)
     for layer, (B, A) in adapters["d"].factors.items():  # of rank 3, in five columns:
         G = randn(3, 5)  # two of an update's are all rounding; and a sixth is from the start
-        B = torch.cat([B @ G, 1e-20 * randn(len(B), 1)], 1)
+        B = 1e6 * torch.cat([B @ G, 1e-20 * randn(len(B), 1)], 1)
         A = torch.cat([torch.linalg.pinv(G) @ A, 1e-20 * randn(1, A.shape[1])])
         adapters["d"].factors[layer] = B, A
     share = Share.from_adapters({t: adapters[t] for t in "abc"}, variance=1.0, stack=stack)
@@ -523,16 +510,14 @@ def test_a_basis_grown_by_faint_directions_is_orthonormal():
     B = randn(8, 8) @ with_singular_values(torch.logspace(0, -5.5, 8).double(), 8, 30)
     share.merge({"b": Adapter({"x": (B, randn(30, 30))})}, variance=1.0, grow=True)
     beta, _ = share.bases["x"]
-    assert beta.shape == (8, 8)
     assert torch.allclose(beta.T @ beta, torch.eye(8).to(beta), atol=1e-10)
 
 
 def test_with_p_1_a_merge_keeps_what_tasks_use_growing_keeps_all():
     share = make_share("abc", variance=1.0, p=1)
     grown = copy.deepcopy(share)
-    new = make_adapters("d", (1,))
-    share.merge(new, variance=1.0)
-    grown.merge(new, variance=1.0, grow=True)
+    share.merge(make_adapters("d", (1,)), variance=1.0)
+    grown.merge(make_adapters("d", (1,)), variance=1.0, grow=True)
     assert set(sizes(share)) == {4}  # a column for each task is all that is stacked
     assert set(sizes(grown)) == {3 + 2 + 4 + 1}
 
@@ -571,7 +556,8 @@ def test_rounding_left_of_a_lost_task_takes_no_direction():
 def test_the_variance_rule_applied_afresh_forgets_ours_does_not():
     adapters = make_adapters("abcdefghijklmnop", (2,), shared=8)
     first = {task: adapters[task] for task in "abcd"}
-    ours = Share.from_adapters(first)
+    ours = Share()
+    ours.merge(first)
     grown = copy.deepcopy(ours)
     before = ours.retained()
     published = SlowShare(0.6)
@@ -693,7 +679,6 @@ def test_whatever_comes_and_goes_each_task_has_its_own_numbers():
         for layer, task in itertools.product(SHAPES, share.tasks):
             rows = [len(eps) for eps in share.coefficients[layer][task]]
             assert rows == [basis.shape[1] for basis in share.bases[layer]]
-            assert len(share.coefficients[layer]) == len(share.tasks)
 
 
 # --- With a model
@@ -932,9 +917,8 @@ def test_each_sample_of_a_mixed_batch_gets_its_own_task():
 def test_in_the_block_the_new_parameters_alone_are_trained(p, phi, mode):
     share, model = attached(variance=1.0)
     model.train(mode)  # in which a batch changes the buffers of `norm`
-    model.register_buffer("read_only", torch.zeros(1).expand(5), persistent=False)
-    model.register_buffer("offloaded", torch.zeros(1, device="meta"), persistent=False)
     model.register_buffer("cache", torch.zeros(3), persistent=False)
+    model.register_buffer("grown", torch.zeros(3))
     square_loss(model, batch()).backward()  # gradients from before count for nothing
     before = state(share, model)
     plain = copy.deepcopy(model.state_dict())
@@ -945,12 +929,14 @@ def test_in_the_block_the_new_parameters_alone_are_trained(p, phi, mode):
         assert list(map(id, trainable)) == list(map(id, parameters))
         assert sum(q.numel() for q in trainable) == sum((k + phi) * p + n * phi for n, k in shapes)
         fit(model, list(model.parameters()), batch(), steps=1)
-        model.cache = torch.zeros(2)
+        model.cache += 1
         end = copy.deepcopy(model.state_dict())  # a checkpoint
         model.load_state_dict(end)
         assert {x for x in changed(start, end) if "norm" not in x} == start.keys() - plain.keys()
+        model.grown = torch.zeros(2)
     share.remove("new")
-    assert changed(plain, model.state_dict()) == []
+    assert changed(plain, model.state_dict()) == ["grown"]
+    assert torch.equal(model.cache, torch.ones(3))  # which no checkpoint has
     assert before[1:] == state(share, model)[1:]
 
 
@@ -1047,7 +1033,9 @@ def test_a_layer_that_the_loss_never_reached_is_no_part(stack, phi):
 def test_what_would_break_a_block_is_refused_and_it_goes_on():
     share, model = attached()
     x = batch()
+    held = [eps for tasks in share.coefficients.values() for eps in tasks["a"]]
     with share.learn(model, "a", finetune=True) as parameters:
+        assert_all_equal(parameters, held)  # in the order of a new task's, for an optimizer's state
         for call in (
             lambda: enter(share, model, "other"),
             lambda: share.merge(make_adapters("c")),
@@ -1063,22 +1051,7 @@ def test_what_would_break_a_block_is_refused_and_it_goes_on():
         share.select("a")
         losses = fit(model, parameters, x)
     assert losses[-1] < losses[0]
-    share.merge(make_adapters("c"))
     share.detach(model)
-
-
-@variants(phi=[0, 2])
-def test_gradient_checkpointing_gives_the_losses_of_none(phi):
-    losses = []
-    for settings in (None, {"use_reentrant": True}, {"use_reentrant": False}):
-        torch.manual_seed(1)
-        share, model = attached()
-        x = batch().requires_grad_(True)  # which the reentrant form needs
-        run = model if settings is None else functools.partial(checkpoint, model, **settings)
-        with share.learn(model, "new", phi=phi) as parameters:
-            losses.append(fit(run, parameters, x, 8))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
 @variants(half=["autocast", "before the block", "in it"])
@@ -1310,7 +1283,6 @@ def enter(share, model, task="new", **settings):
 @cases(
     "change, words",
     (lambda B, A: (B, A[:, :-1]), r"takes \(40, r\) and \(r, 12\)"),
-    (lambda B, A: (B[:-1], A), r"takes \(40, r\) and \(r, 12\)"),
     (lambda B, A: (B[:, :, None], A), "takes"),
     (lambda B, A: (B[:, :-1], A), "takes"),
     (lambda B, A: (B[:, :0], A[:0]), "takes"),
@@ -1359,7 +1331,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(change, words):
     (lambda s, m: enter(s, m, "a", finetune=True, phi=1), "phi is 1"),
     (lambda s, m: enter(s, m, "x", finetune=True), UNKNOWN),
     (lambda s, m: average(s, "", "new"), "adapter has no layers"),
-    (lambda s, m: attach_lora(Net(), ["first", "third"]), "target 'third'"),
+    *[(lambda s, m, x=x: attach_lora(Net(), x), "ends the name of no") for x in ([], ["third"])],
     (lambda s, m: attach_lora(Net(), ["first"], 0), "r is 0"),
     *[(lambda s, m, x=x: Router.fit({"b": x}), "'b': feat") for x in (EYE[:1], EYE[0], EYE / 0)],
     (lambda s, m: Router.fit({"a": EYE}).route(torch.ones(1, 4)), "features of 4 numbers.*5"),
@@ -1439,7 +1411,6 @@ def test_a_peft_directory_goes_through_a_share_and_out_again(tmp_path, r):
     for layer in LAYERS:
         delta = adapter.delta(layer)
         assert (back.delta(layer) - delta).norm() <= 1e-5 * delta.norm()
-    assert back.extras.keys() == extras.keys()
     assert_all_equal(back.extras.values(), extras.values())
     for key in ("base_model_name_or_path", "target_modules", "bias"):
         assert back.config[key] == adapter.config[key]
@@ -1458,8 +1429,6 @@ def test_save_peft_writes_a_config_for_the_finished_weights(tmp_path):
     assert config["target_modules"] == ["k", "q"]  # a set, as LoraConfig.to_dict() has it
     assert config["init_lora_weights"] is True
     assert starts.keys().isdisjoint(config)
-    for layer in shapes:
-        assert relative(load_peft(tmp_path).delta(layer), adapter.delta(layer)) < 1e-6
 
 
 VARIANTS = {name: True for name in ("use_dora", "lora_bias", "use_qalora", "target_parameters")}
@@ -1650,10 +1619,9 @@ def test_the_average_is_the_best_fit_to_the_mean_of_the_updates():
     share = Share.from_adapters(adapters, variance=1.0)
     average(share, "abc", "all")
     average(share, ["a", "c"], "two", p=2)
-    for layer, tasks, p in (("first", "abc", 9), ("second", "ac", 7)):
+    for layer, tasks in (("first", "abc"), ("second", "ac")):
         mean = sum(adapters[t].delta(layer) for t in tasks) / 3  # a task without a layer adds 0
         assert relative(share.reconstruct("all").delta(layer), mean) < 1e-6
-        assert share.coefficients[layer]["all"][0].shape[1] <= p
     mean = (adapters["a"].delta("first") + adapters["c"].delta("first")) / 2
     assert relative(share.reconstruct("two").delta("first"), best(mean, 2)) < 1e-6
 
@@ -1669,7 +1637,6 @@ def test_the_experiments_numbers_are_those_worked_out_by_hand():
     assert metrics["forgetting"] == pytest.approx(((0.9 - 0.7) + (0.8 - 0.5)) / 2)
     assert train.metrics([[0.5, 0.0], [0.9, 1.0]])["forgetting"] == pytest.approx(-0.4)
     assert train.spread([1.0, 2.0, 4.5], 2) == "2.50 ± 1.80"  # sqrt((1.5² + 0.5² + 2²) / 2)
-    assert train.spread([None], 3) == ""
     share = {"stored": 130, "trained_per_task": 10, "accuracy_matrix": R}  # bases of 100
     methods = {"share": share, "lora": {"trained_per_task": 30}}  # 100 + 10 t < 30 t from 6 on
     assert [train.break_even(methods, "lora", first) for first in (2, 8)] == [6, 8]
@@ -1686,23 +1653,56 @@ def test_the_picture_has_a_cell_for_each_accuracy_of_both():
     assert {"One LoRA, seed 7", "Share, seed 7", "ACC 0.60, forgetting 0.00"} <= set(words)
 
 
-def test_a_claim_that_does_not_hold_is_an_error():
+@cases(
+    "name, key, value, claim",
+    ("share", "trained_per_task", 10.1, "LoRA's trained"),
+    ("lora_sequential", "forgetting", 0.49, "lora_sequential: forgetting"),
+    *[(f"share{x}", "acc", 0.97, f"share{x}: ACC / lora") for x in ("", "_merge", "_grow")],
+    *[(f"share{x}", "forgetting", 0.021, f"share{x}: forg") for x in ("", "_merge", "_grow")],
+    ("share", "forgetting", 0.011, "share: forgetting"),
+    ("share_routed", "acc", 0.98, "share_routed: ACC"),
+    ("share_routed", "base_kept", 0.94, "share_routed: base"),
+    ("random_basis", "acc", 1.01, "random_basis: ACC"),
+)
+def test_a_claim_that_does_not_hold_is_an_error(name, key, value, claim):
     names = "lora_per_task lora_sequential share share_merge share_grow share_routed random_basis"
     good = {"acc": 1.0, "forgetting": 0.0, "trained_per_task": 1000, "base_kept": 0.95}
     methods = {name: dict(good) for name in names.split()}
     methods["share"]["trained_per_task"] = 10
     methods["lora_sequential"]["forgetting"] = 0.5
+    methods["random_basis"]["acc"] = 0.9
     train.check(methods)
     train.check({name: methods[name] for name in names.split()[:3]})  # of a run without --all
-    for name in names.split()[1:]:
-        worse = {"acc": 1.01 if name == "random_basis" else 0.97, "forgetting": 0.021}
-        with pytest.raises(AssertionError, match="is not between"):
-            train.check(methods | {name: methods[name] | worse})
+    methods[name][key] = value
+    with pytest.raises(AssertionError, match=claim + ".* is not between"):
+        train.check(methods)
+
+
+TINY = dict(width=16, base_steps=2, first=2, later=1, lora_steps=2, steps=2, joint_steps=2)
+
+
+@variants(phi=[0, 1])
+def test_a_row_has_what_was_trained_stored_and_measured(monkeypatch, phi):
+    def counting_loss(model, batch):
+        counts.add(sum(q.numel() for q in model.parameters() if q.requires_grad))
+        return loss_fn(model, batch)
+
+    loss_fn = train.loss_fn
+    e = train.Experiment(train.Settings(**TINY))
+    share = Share.from_adapters(e.lora_per_task("lora", 8, 0.1, 2)[0])
+    monkeypatch.setattr(train, "loss_fn", counting_loss)
+    counts = set()
+    model, row = e.learn_tasks("share", share, [[0.0] * 3] * 2, phi)
+    assert counts == {row["trained_per_task"]}
+    assert row["stored"] == sum(tensor.numel() for tensor in tensors(share))
+    for j, (tokens, answer) in enumerate(e.tests):
+        share.select(e.names[j])
+        right = model(tokens)[:, 3:, :16].argmax(-1) == answer
+        assert row["accuracy_matrix"][2][j] == pytest.approx(right.double().mean().item())
 
 
 def test_a_row_does_not_depend_on_which_others_ran():
-    tiny = dict(width=16, base_steps=2, first=2, later=1, lora_steps=2, steps=2, joint_steps=2)
-    s = train.Settings(**tiny, test=8)
+    s = train.Settings(**TINY, test=8)
     few = train.compare(s)
     everything = train.compare(s, everything=True)
     assert list(everything)[: len(few)] == list(few)
@@ -1713,7 +1713,7 @@ def test_a_row_does_not_depend_on_which_others_ran():
     assert train.Experiment(s).lora_sequential() == few["lora_sequential"]  # alone
 
 
-FLAGS = "--json no/x, --svg no/x, --seeds 0, --unknown, --json x --sweep, --seeds 2 --scaling"
+FLAGS = "--json no/x, --svg no/x, --seeds 0, --unknown, --json x --sweep, --sweep --scaling"
 
 
 @variants(flags=FLAGS.split(", ") + ["--all --sweep"])

@@ -54,7 +54,7 @@ def attach_lora(model, targets, r=8):
     if type(r) is not int or r < 1:
         raise ValueError(f"r is {r!r}; it takes an integer, 1 or more")
     linears = {f".{name}": m for name, m in model.named_modules() if type(m) is nn.Linear}
-    endings = tuple(f".{target}" for target in targets)
+    endings = tuple(f".{target}" for target in targets) or (".",)  # no target is an error, too
     for ending in endings:
         if not any(name.endswith(ending) for name in linears):
             raise ValueError(f"target {ending[1:]!r} ends the name of no nn.Linear in the model")
@@ -309,7 +309,7 @@ class Experiment:
 
     def __init__(self, s):
         self.s = s
-        generator = torch.Generator().manual_seed(1000 + s.seed)
+        generator = torch.Generator().manual_seed(100 * s.seed + 99)  # `batches` has 0, 1, …
         self.keys = torch.randint(LETTERS, (s.first + s.later, KEY), generator=generator)
         self.names = [f"task {t}" for t in range(len(self.keys))]
         tags = [torch.full((s.test,), t) for t in range(len(self.keys))]
@@ -588,7 +588,7 @@ def sweep(s):
     e = Experiment(s)
     adapters, _ = e.lora_per_task("lora_per_task", s.r, s.lora_lr, s.first)
     new = range(s.first, s.first + 2)
-    print("\nfirst, new: accuracy of the first tasks, compressed; of two new ones by coefficients")
+    print("\nfirst: accuracy of the first tasks, at rank r in the bases; new: of two learned at p")
     print("variance  stack       k  p  trained  first    new  random")
     for variance, stack, p in itertools.product((0.6, 0.9), ("factors", "updates"), (1, 4)):
         share = Share.from_adapters(adapters, variance=variance, stack=stack)
@@ -710,8 +710,8 @@ def main(argv=None):
             parser.error(f"{path}: there is no folder {path.parent}")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: it takes 1 or more")
-    if (args.sweep or args.scaling) and (args.json or args.svg or args.all or args.seeds > 1):
-        parser.error("--json, --svg, --all and --seeds go with neither --sweep nor --scaling")
+    if args.sweep + args.scaling + bool(args.json or args.svg or args.all or args.seeds > 1) > 1:
+        parser.error("--sweep, --scaling and (--json, --svg, --all, --seeds) exclude each other")
     torch.set_num_threads(1 if args.quick else 2)  # more are of no use to matrices this small
     s = replace(Settings(seed=args.seed), **QUICK if args.quick else {})
     if args.sweep:
