@@ -202,11 +202,10 @@ def heaviest(X, variance, k, norm):
     """
     tall = X.shape[0] > X.shape[1]
     if tall:
-        squares, vectors = torch.linalg.eigh(X.T @ X)  # X = U S V^T: this is V S² V^T
+        squares, V = torch.linalg.eigh(X.T @ X)  # X = U S V^T: this is V S² V^T
     else:
-        squares, vectors = torch.linalg.eigh(X @ X.T)  # U S² U^T
+        squares, U = torch.linalg.eigh(X @ X.T)  # U S² U^T
     squares = squares.flip(0)  # the heaviest first
-    vectors = vectors.flip(1)
     rank = int((squares > (ROUNDING * norm) ** 2).sum())
     if rank == 0:
         return X.new_zeros(len(X), 0)
@@ -214,10 +213,10 @@ def heaviest(X, variance, k, norm):
         explained = squares.cumsum(0) / squares.sum()  # by the first, the first two, …
         is_too_little = explained < variance - 1e-13  # the sums are rounded
         k = 1 + int(is_too_little.sum())
-    vectors = vectors[:, : min(k, rank)]
+    k = min(k, rank)
     if tall:
-        return torch.linalg.qr(X @ vectors).Q  # X V = U S: here QR only divides by S
-    return vectors
+        return torch.linalg.qr(X @ V.flip(1)[:, :k]).Q  # X V = U S: here QR only divides by S
+    return U.flip(1)[:, :k]
 
 
 def stack_of(pairs, side, kind):
@@ -234,9 +233,9 @@ def stack_of(pairs, side, kind):
 
 
 def thin_updates(own, other):
-    """For each M = own other^T (ΔW or ΔW^T), r columns T that stand for it: (t, n, r), float64.
+    """For each M = own other^T (ΔW or ΔW^T) a thin T that stands for it: (t, n, r), float64.
 
-    T T^T = M M^T / ‖M‖², so that an SVD sees in T what it would see in M, at norm 1.
+    T has M's left singular vectors, and its singular values at norm 1: T T^T = M M^T / ‖M‖².
     """
     # other = Q R with Q^T Q = 1, so M = own R^T Q^T, and M M^T = (own R^T) (own R^T)^T.
     R = torch.linalg.qr(stack_padded(other).double(), mode="r").R
@@ -264,7 +263,7 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
-    if 0 in middle.shape:  # ΔW is 0; without columns the task would seem to leave the layer alone
+    if 0 in middle.shape:  # ΔW is 0. The SVD would give no columns, which mean: not in this layer
         return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     root = S[:p].sqrt()
@@ -308,7 +307,8 @@ def merge_layer(bases, old, new, kind, variance, k):
         frames.append(frame.to(bases[side].dtype))
 
     pairs_in_frame = {}
-    beta_in_frame, alpha_in_frame = project(frames, bases)
+    beta_in_frame = exact_product(frames[0].T, bases[0])
+    alpha_in_frame = exact_product(frames[1].T, bases[1])
     for task, (eps_beta, eps_alpha) in old.items():
         B = exact_product(beta_in_frame, eps_beta)
         A_T = exact_product(alpha_in_frame, eps_alpha)
@@ -335,7 +335,7 @@ def grow_layer(bases, old, new, kind, variance, k):
         outside = outside_of(basis, stack_of(new, side, kind))
         room = None if k is None else max(0, k - basis.shape[1])
         added = main_directions(outside, variance, room, centred=False)
-        # By eigh's rounding, faint directions lie slightly inside the basis.
+        # Rounding in eigh tilts faint directions slightly into the basis: take that out.
         added = torch.linalg.qr(outside_of(basis, added)).Q
         grown.append(torch.cat([basis, added.to(basis.dtype)], dim=1))
 
@@ -451,7 +451,8 @@ class Share:
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share = self
             linear.layer = layer
-            linear.hook = linear.register_forward_pre_hook(keep_forward_called)  # see there
+            # An encoder layer's fast path would go around forward, but not where there is a hook.
+            linear.hook = linear.register_forward_pre_hook(keep_forward_called)
             self._move(layer, linear.weight.device)
         return model
 
@@ -486,8 +487,9 @@ class Share:
         In the block the task is selected, and its parameters are all of the model that requires
         gradients. Create inside the block whatever has to know them:
         - the optimizer, with a rate near 1e-2 (5e-5 does nothing);
-        - DistributedDataParallel; fully_shard, once for a model: it makes new parameters, so give
-          the optimizer model.parameters();
+        - DistributedDataParallel;
+        - fully_shard, once for a model: it makes new parameters, so give the optimizer
+          model.parameters();
         - moving averages or a best state_dict(), copied into the model before the block ends.
         To train a head, too, unfreeze it inside. The share does not keep it: copy it for each task,
         and put it back yourself, as other tasks and the bare model would use it as well.
@@ -501,8 +503,9 @@ class Share:
         grow: the merge after phi > 0 is merge(grow=True, variance=1), which loses nothing. False:
             the paper's, after which little of the task may be left; look at `retained()`.
 
-        A layer is part of the task only if its parameters changed, be it by weight decay or by a
-        cast down and up. ValueError if none did; then, as after any exception, nothing is kept.
+        A layer is part of the task only if its parameters changed, even if just by weight decay or
+        a cast to half and back. ValueError if none did; then, as after any exception, nothing is
+        kept.
         Gradients are cleared at the start; requires_grad and saved buffers are put back at the end.
         """
         self._check_idle()
@@ -569,7 +572,7 @@ class Share:
         start = {}
         for layer, held in self.coefficients.items():
             if task in held:
-                start[layer] = nn.ParameterDict()  # made of a dict it would sort the names
+                start[layer] = nn.ParameterDict()  # made of a dict it would sort: alpha before beta
                 start[layer]["eps_beta"], start[layer]["eps_alpha"] = held[task]
         return start
 
@@ -593,8 +596,8 @@ class Share:
         """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
         The bases become the main directions of all tasks together, and earlier tasks may move; see
-        `merge_layer`. Directions that no task uses are lost, which are most if all tasks have
-        p = 1. With `grow` bases and earlier tasks stay, and directions are added; see `grow_layer`.
+        `merge_layer`. Directions that no task uses are lost: with p = 1 one for each task stays.
+        With `grow` bases and earlier tasks stay, and directions are added; see `grow_layer`.
 
         variance: None is `self.variance`. k, instead of variance: the size of each basis, with
         `grow` the most it may have. k and p of `from_adapters` are not remembered.
@@ -646,7 +649,7 @@ class Share:
 
     def factors(self, layer, task):
         """LoRA's (B (n, p), A (p, d)) of a task; None where it leaves the layer alone."""
-        if task == self.learning and layer in self.trained:  # a task may leave the layer alone
+        if task == self.learning and layer in self.trained:  # finetune: in the task's layers only
             return learned_factors(self.bases[layer], self.trained[layer])
         self._check_task(task)
         eps = self.coefficients[layer].get(task)
@@ -946,7 +949,7 @@ def frozen(model):
 
 
 def keep_forward_called(module, inputs):
-    """Does nothing. A hook makes nn.TransformerEncoderLayer call forward, not take a fast path."""
+    """Does nothing; it is there, see `Share.attach`."""
 
 
 def checksum(text, tensors):
