@@ -12,8 +12,7 @@ alpha that all tasks have in common, and of each task only its coefficients in t
     eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p, the pseudo-rank, may be 1
     phi                  an integer        columns added to both bases while a task is learned
 
-`factors` are LoRA's (B, A). A `pair` is (B, A^T), so that both sides of a layer, 0 and 1, are
-columns.
+`factors` are LoRA's (B, A). A `pair` is (B, A^T): sides 0 and 1 of a layer, both as columns.
 Phase 1: the bases are the main directions of some adapters' factors. Phase 2: a new task trains
 its coefficients. Phase 3: new adapters join the bases; all coefficients follow by projection.
 
@@ -37,7 +36,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
+import safetensors.torch  # pip install "safetensors[torch]": it needs NumPy
 import torch
 from torch import Tensor, nn
 
@@ -505,8 +504,8 @@ class Share:
 
         A layer is part of the task only if its parameters changed, even if just by weight decay or
         a cast to half and back. ValueError if none did; then, as after any exception, nothing is
-        kept.
-        Gradients are cleared at the start; requires_grad and saved buffers are put back at the end.
+        kept. Gradients are cleared at the start; requires_grad and the buffers of state_dict() are
+        put back at the end.
         """
         self._check_idle()
         start = self._resume(task, phi) if finetune else self._start(task, p, phi, sigma, seed)
@@ -699,7 +698,7 @@ class Share:
         return model
 
     def save(self, path):
-        """Write one .safetensors file, whole or not at all: all but selection and open block."""
+        """Write one .safetensors file, whole or not at all; selection and open block stay out."""
         # One tensor per task would overflow the header, so a layer's coefficients are side by side.
         # widths[j]: the columns of task j, 0 if it leaves the layer alone.
         tensors = {}
