@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROUNDING = 1e-6  # singular values and remainders below this fraction of a stack's norm count as 0
+ROUNDING = 1e-6  # a part of a matrix below this fraction of its norm counts as 0
 
 
 # --- Part 1, the paper. The equation
@@ -88,13 +88,13 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    with torch.autocast(beta.device.type, enabled=False):  # it would round B and A
+    with torch.autocast(beta.device.type, enabled=False):  # in full precision
         B = beta @ eps_beta
         A = (alpha @ eps_alpha).T
     return B, A
 
 
-# --- Phase 1: bases from adapters. (Share, below, takes from_adapters, learn, merge as methods.)
+# --- Phase 1: bases from adapters. (from_adapters, learn and merge become methods of Share below.)
 def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=None):
     """Phase 1: a share of {task: Adapter}, one or more.
 
@@ -122,8 +122,8 @@ def build_layer(pairs, variance, k=None, stacking="factors", at_least=(0, 0)):
         # 1. Put the factors of all tasks side by side.
         stack = side_by_side(pairs, side, stacking)
         # 2. Take the main directions of these columns.
-        basis = build_basis(stack, variance, k, stacking == "factors", at_least[side])
-        bases.append(basis)
+        centred = stacking == "factors"
+        bases.append(build_basis(stack, variance, k, centred, at_least[side]))
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
     return tuple(bases), coefficients
@@ -139,47 +139,47 @@ def side_by_side(pairs, side, stacking):
 def build_basis(stack, variance=0.6, k=None, centred=True, at_least=0):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    variance: the fraction to explain by the paper's rule, see `centred_basis`. Ours: k, a number of
-    directions of the stack as it is, not centred; centred, False for `stack_updates`, whose mean
-    says nothing; at_least, the number that is taken like k where variance gives fewer.
+    The paper's: centred, as many as explain `variance`, see `centred_basis`. Ours, not centred:
+    k         exactly so many; variance plays no part
+    centred   False: as many as explain `variance`, for `stack_updates`, whose mean says nothing
+    at_least  if `variance` gives fewer, so many in their place
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_numbers(variance, k=k)
     if stack.dim() != 2 or stack.shape[1] == 0 or not stack.isfinite().all():
         raise ValueError(f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite numbers")
     X = stack.double()
-    if k is None and centred:
-        basis = centred_basis(X, variance)
+    floor = ROUNDING * X.norm()
+    if k is None and centred:  # the paper's
+        basis = centred_basis(X, variance, floor)
     else:
-        basis = main_directions(X, variance, k, X.norm())
+        basis = main_directions(X, variance, k, floor)
     if k is None and basis.shape[1] < at_least:
-        basis = main_directions(X, None, at_least, X.norm())
+        basis = main_directions(X, None, at_least, floor)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
-def centred_basis(X, variance):
-    """The basis (n, k) of a stack X (n, m) in float64: steps 1 and 2 are the paper's rule."""
+def centred_basis(X, variance, floor):
+    """The paper's basis (n, k) of a stack X (n, m), and a direction more if its mean needs one."""
     # 1. Subtract the mean column.
     mean = X.mean(dim=1, keepdim=True)
     # 2. Take the fewest left singular vectors that explain the variance.
-    basis = main_directions(X - mean, variance, None, X.norm())
-    # 3. Ours: step 1 has removed the direction of the mean, so add it.
+    basis = main_directions(X - mean, variance, None, floor)
+    # 3. Ours: what is left may have nothing along the mean, so add its direction.
     return with_mean(basis, mean, X)
 
 
-def main_directions(X, variance, k, norm):
+def main_directions(X, variance, k, floor):
     """The first left singular vectors (n, k) of X (n, m): k, or the fewest that explain `variance`.
 
-    Singular values below ROUNDING * norm count as 0. norm is that of the stack before centring,
-    which may leave nothing but rounding.
+    Those with a singular value up to floor are rounding, and left out.
     """
-    U, S = left_svd(X)  # as of torch.linalg.svd, only faster
+    US, S = left_svd(X)
+    S = S[floor < S]
     if k is None:
-        explained = S.square().cumsum(0)  # by the first, the first two, …
-        enough = (variance - 1e-13) * S.square().sum()  # 1e-13: the two sums round differently
-        k = int((explained < enough).sum()) + 1
-    rank = int(S.gt(ROUNDING * norm).sum())
-    return torch.linalg.qr(U[:, : min(k, rank)]).Q
+        explained = S.square().cumsum(0) / S.square().sum()  # by the first, the first two, …
+        k = 1 + int((explained < variance - 1e-13).sum())  # 1e-13: the sums are rounded
+    return torch.linalg.qr(US[:, : min(k, len(S))]).Q  # QR divides each column of U S by its S
 
 
 def project(bases, pair):
@@ -211,8 +211,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     """
     # 1. Start from random coefficients and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
-    # 2. The caller trains a copy, while the model is frozen and the task is selected: the forward
-    #    gets its B and A from `learned_factors`, see `_training`.
+    # 2. Train a copy. In the block, see `_training`, the model is frozen, and its layers compute
+    #    h = W0 x + B A x with B, A = learned_factors(bases, trained[layer]).
     trained = copy.deepcopy(start)
     with share._training(model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
@@ -293,7 +293,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             found = build_layer(new, **rule)
         elif grow:  # ours
             found = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # the paper's `merge_layer`, only faster
+        else:  # the paper's: as `merge_layer`, but faster
             found = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         bases[layer], coefficients[layer] = found
     share._store(adapters, bases, coefficients)
@@ -311,8 +311,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: `variance` might drop directions at every merge, and old tasks would
-    #    fade, so no basis gets smaller while the stack has directions (at 0.6 this often decides).
+    # 3. Phase 1 again. Ours is at_least: by the paper's rule alone a basis could get smaller at
+    #    each merge, and old tasks would fade.
     sizes = beta.shape[1], alpha.shape[1]
     return build_layer(pairs, variance, k, stacking, at_least=sizes)
 
@@ -321,9 +321,10 @@ def merge_layer(bases, old, new, variance, k, stacking):
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
-    from_adapters = classmethod(from_adapters)  # phase 1
-    learn = learn  # phase 2
-    merge = merge  # phase 3
+    # The phases are the functions above.
+    from_adapters = classmethod(from_adapters)
+    learn = learn
+    merge = merge
 
     def __init__(self, variance=0.6, stack="factors"):
         check_numbers(variance)
@@ -331,14 +332,27 @@ class Share:
             raise ValueError(f"stack is {stack!r}; it takes 'factors' or 'updates'")
         self.variance = float(variance)  # that the bases explain, see `build_basis`
         self.stacking = stack  # "factors", the paper's, or "updates", ours
-        self.bases = {}  # {layer: (beta (n, k), alpha (d, k))}
-        self.coefficients = {}  # {layer: {task: (eps_beta (k, p), eps_alpha (k, p))}}
-        self.records = {}  # {task: what else is kept of its adapter, see `_store`}
+        self.held = {}, {}, {}  # bases, coefficients, records: together, to be replaced at once
         self.selected = None  # a task, None, or a tuple of these, one for each sample of a batch
         self.learning = None  # the task that is being learned, inside a block of `learn`
         self.trained = {}  # its parameters in that block: {layer: nn.ParameterDict}
 
     # --- Part 2, everything else. Using a share
+    @property
+    def bases(self):
+        """{layer: (beta (n, k), alpha (d, k))}."""
+        return self.held[0]
+
+    @property
+    def coefficients(self):
+        """{layer: {task: (eps_beta (k, p), eps_alpha (k, p))}}."""
+        return self.held[1]
+
+    @property
+    def records(self):
+        """{task: what else is kept of its adapter: {"energy": ‖ΔW‖², "extras", "config"}}."""
+        return self.held[2]
+
     @property
     def tasks(self):
         """The tasks' names, oldest first."""
@@ -389,10 +403,9 @@ class Share:
 
     def factors(self, layer, task):
         """LoRA's (B (n, p), A (p, d)) of a task; None where it leaves the layer alone."""
-        if task == self.learning:  # it may have no record yet
-            if layer in self.trained:
-                return learned_factors(self.bases[layer], self.trained[layer])
-        else:
+        if task == self.learning and layer in self.trained:  # in a block of `learn`
+            return learned_factors(self.bases[layer], self.trained[layer])
+        if task != self.learning:  # that one may have no record yet
             self._check_task(task)
         if task not in self.coefficients[layer]:
             return None
@@ -460,7 +473,7 @@ class Share:
         coefficients = {}
         for layer, held in self.coefficients.items():
             coefficients[layer] = {name: eps for name, eps in held.items() if name != task}
-        self._replace(coefficients=coefficients, records=records)
+        self.held = self.bases, coefficients, records
 
     # --- Behind learn
     def _start(self, task, p, phi, sigma, seed):
@@ -509,16 +522,20 @@ class Share:
                     follow_weight(attached[layer])
                     parameters.to(self.bases[layer][0].device)
                     attached[layer].learned = parameters  # model.parameters() has them now
-                # `factors`, which forward asks, has them by this
-                self._replace(selected=task, learning=task, trained=trained)
+                self.trained = trained  # `factors`, which forward asks, has them now
+                self.learning = task
+                self.selected = task
                 yield
             finally:
-                self._replace(selected=selected, learning=None, trained={})
+                self.selected = selected
+                self.learning = None
+                self.trained = {}
                 for layer in trained:
                     attached[layer]._modules.pop("learned", None)
 
     def _keep(self, task, factors, ends):
-        """Take in trained coefficients {layer: end}; factors {layer: (B, A)} are for the record."""
+        """Take in trained coefficients, {layer: end}, whose factors are {layer: (B, A)}."""
+        # The whole adapter, with layers that have not moved, is what `retained` compares with.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         adapter.factors.update(factors)
         check_adapter(task, adapter, {})  # training may have ended in NaN
@@ -534,20 +551,21 @@ class Share:
         j.extra.NAME           extras of task j
         state, checksum        all else as JSON (a header is limited to 100 MB); see `checksum`
         """
-        share = copy.copy(self)  # as it is now, whatever another thread does meanwhile
+        all_bases, all_coefficients, all_records = self.held  # as they are now
         tensors = {}
         layers = []
-        for i, (layer, bases) in enumerate(share.bases.items()):
-            held = share.coefficients[layer]
-            widths = [held[task][0].shape[1] if task in held else 0 for task in share.records]
+        for i, (layer, bases) in enumerate(all_bases.items()):
+            held = all_coefficients[layer]
+            widths = [held[task][0].shape[1] if task in held else 0 for task in all_records]
             layers.append((layer, widths))  # width 0: the task leaves the layer alone
             for side in (0, 1):
-                nothing = bases[side].new_zeros(bases[side].shape[1], 0)  # there may be no task
-                columns = [held[task][side] for task in share.records if task in held]
+                columns = [held[task][side] for task in all_records if task in held]
+                if not columns:  # torch.cat takes no empty list
+                    columns = [bases[side].new_zeros(bases[side].shape[1], 0)]
                 tensors[f"{i}.basis.{side}"] = bases[side]
-                tensors[f"{i}.eps.{side}"] = torch.cat([nothing] + columns, dim=1)
+                tensors[f"{i}.eps.{side}"] = torch.cat(columns, dim=1)
         records = {}
-        for j, (task, record) in enumerate(share.records.items()):
+        for j, (task, record) in enumerate(all_records.items()):
             try:
                 json.dumps(record["config"])
             except (TypeError, ValueError) as error:
@@ -555,7 +573,7 @@ class Share:
             records[task] = record | {"extras": list(record["extras"])}
             for name, extra in record["extras"].items():
                 tensors[f"{j}.extra.{name}"] = extra
-        state = {"variance": share.variance, "stacking": share.stacking}
+        state = {"variance": self.variance, "stacking": self.stacking}
         text = json.dumps(state | {"layers": layers, "records": records}).encode()
         tensors["state"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         for name, tensor in tensors.items():  # safetensors takes no views
@@ -607,7 +625,7 @@ class Share:
         return layers
 
     def _store(self, adapters, new_bases, new_coefficients):
-        """Take in tasks: bases, coefficients (cast to these) and records, which hold the rest."""
+        """Take in tasks: new bases, coefficients (cast as the bases are), and a record of each."""
         self._check_idle()
         bases = self.bases | new_bases
         coefficients = dict(self.coefficients)
@@ -622,13 +640,7 @@ class Share:
             extras = {name: extra.detach().clone() for name, extra in adapter.extras.items()}
             config = copy.deepcopy(adapter.config)
             records[task] = {"energy": squared_norm(adapter), "extras": extras, "config": config}
-        self._replace(bases=bases, coefficients=coefficients, records=records)
-
-    def _replace(self, **attributes):
-        """Set attributes in one step: a copy of the share, as in `save`, has all or none of it."""
-        old = dict(vars(self))  # if old tensors were freed in it, other threads could run
-        vars(self).update(attributes)
-        del old
+        self.held = bases, coefficients, records
 
     def _attached(self, model, needed=()):
         """{layer: ShareLinear} of this share in a model; ValueError if a needed one is missing."""
@@ -669,17 +681,20 @@ def squared_norm(adapter):
 
 
 def left_svd(X):
-    """U (n, q) and S (q) of X = U S V^T, the largest first.
+    """U S (n, q) and S (q) of X = U S V^T, the largest first.
 
-    By the smaller Gram matrix, 1.7 to 8 times faster than torch.linalg.svd. Where S is small, U is
-    orthogonal only roughly; S is right down to 1e-8 of the largest.
+    By the smaller Gram matrix, 1.7 to 8 times faster than torch.linalg.svd. S has errors of 1e-8 of
+    the largest, well below ROUNDING.
     """
-    if X.shape[0] <= X.shape[1]:
+    if X.shape[0] > X.shape[1]:
+        squares, V = torch.linalg.eigh(X.T @ X)  # X^T X = V S² V^T, the smallest first
+        S = squares.clamp_min(0).sqrt()
+        US = X @ V
+    else:
         squares, U = torch.linalg.eigh(X @ X.T)  # X X^T = U S² U^T, the smallest first
-        return U.flip(1), squares.flip(0).clamp_min(0).sqrt()
-    squares, V = torch.linalg.eigh(X.T @ X)  # X^T X = V S² V^T
-    S = squares.flip(0).clamp_min(0).sqrt()
-    return X @ V.flip(1) / S.clamp_min(1e-300), S  # X V = U S
+        S = squares.clamp_min(0).sqrt()
+        US = U * S
+    return US.flip(1), S.flip(0)
 
 
 def outside_of(basis, X):
@@ -707,8 +722,8 @@ def best_rank(eps, p):
         return eps
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
-    if len(eps_beta) == 0 or len(eps_alpha) == 0:  # with an empty basis ΔW is 0, whatever p is
-        return eps_beta[:, :p], eps_alpha[:, :p]
+    if len(eps_beta) == 0 or len(eps_alpha) == 0:  # an SVD would have no columns, which means that
+        return eps_beta[:, :p], eps_alpha[:, :p]  # the task leaves the layer alone
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     root = S[:p].sqrt()
@@ -716,16 +731,16 @@ def best_rank(eps, p):
 
 
 def stack_updates(pairs, side):
-    """Ours: a stack in which each task has columns that stand for its ΔW (for side 1, ΔW^T).
+    """Ours: a stack that depends on the tasks' ΔW alone, each of which has norm 1 in it.
 
-    B and A are not unique: (B M)(M^-1 A) is the same ΔW, of which these columns have the left
-    singular vectors and, scaled to norm 1, the singular values. Their signs are arbitrary.
+    B and A are not unique: (B M)(M^-1 A) is the same ΔW, but B M another stack than B. Here a task
+    has columns C with C C^T = ΔW ΔW^T / ‖ΔW‖² (side 1: ΔW^T ΔW), whatever its B and A. Their signs
+    are arbitrary, so their mean says nothing.
     """
     updates = []
     for pair in pairs.values():
-        own, other = pair[side].double(), pair[1 - side].double()
-        # ΔW = B A, and ΔW^T = A^T B^T: both are own other^T. With other = Q R that is own R^T Q^T,
-        # where Q^T has orthonormal rows: own R^T has the same left singular vectors and values.
+        own, other = pair[side].double(), pair[1 - side].double()  # ΔW, or ΔW^T, is own other^T
+        # With other = Q R: own other^T other own^T = own R^T R own^T = C C^T for C = own R^T.
         R = torch.linalg.qr(other, mode="r").R
         updates.append(own @ R.T)
     norms = torch.stack([update.norm() for update in updates])
@@ -736,19 +751,21 @@ def stack_updates(pairs, side):
 
 
 def fast_merge_layer(bases, old, new, **rule):
-    """`merge_layer` with the same result, on columns of q numbers in place of n.
+    """The result of `merge_layer`, but its SVDs see columns of q numbers, not of n.
 
-    1. Q (n, q) is an orthonormal basis of the old basis and the new factors together. So each
-       column x that a merge handles is Q c with c = Q^T x.
-    2. Merge the c's. Lengths and angles are the same, hence singular values, mean, coefficients.
-    3. The new basis is Q times theirs.
+    All columns of a merge are combinations of the old basis and the new factors. Q (n, q) is an
+    orthonormal basis of these, so Q^T x has the inner products of x, and SVD, mean and projection
+    depend on these alone.
     """
+    # 1. Find Q for both sides.
     Qs = []
     for side in (0, 1):
         columns = [bases[side]] + [pair[side] for pair in new.values()]
         Qs.append(torch.linalg.qr(torch.cat(columns, dim=1).double()).Q)
-    short_bases = project(Qs, bases)  # Q^T beta, Q^T alpha
+    # 2. Write everything in Q's coordinates; the coefficients of old tasks stay as they are.
+    short_bases = project(Qs, bases)
     short_new = {task: project(Qs, pair) for task, pair in new.items()}
+    # 3. Merge there, and go back.
     (short_beta, short_alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
     beta = (Qs[0] @ short_beta).to(bases[0])
     alpha = (Qs[1] @ short_alpha).to(bases[1])
@@ -776,14 +793,14 @@ def grow_basis(basis, stack, variance, most):
     """A basis, and beside it the main directions of what a stack (n, m) has outside."""
     stack = stack.double()
     outside = outside_of(basis, stack)
-    # 1. Leave out columns that have only rounding outside: beside the column itself, or beside the
-    #    stack (for a ΔW of smaller rank than r `stack_updates` has columns of 1e-16).
-    beside_itself = ROUNDING * stack.norm(dim=0)
-    beside_stack = 1e-12 * stack.norm()
-    outside = outside[:, outside.norm(dim=0) > torch.maximum(beside_itself, beside_stack)]
+    # 1. Drop a column if what is outside is rounding of the column itself, or if the whole column
+    #    is rounding: `stack_updates` makes some of 1e-16 where ΔW has a smaller rank than r.
+    own_rounding = ROUNDING * stack.norm(dim=0)
+    rounding_of_stack = 1e-12 * stack.norm()
+    outside = outside[:, outside.norm(dim=0) > torch.maximum(own_rounding, rounding_of_stack)]
     # 2. Take the main directions of the rest, as many as there is room for.
     room = None if most is None else max(0, most - basis.shape[1])
-    added = main_directions(outside, variance, room, outside.norm())
+    added = main_directions(outside, variance, room, ROUNDING * outside.norm())
     # 3. Project again: where little was outside, they are orthogonal to the basis only roughly.
     added = torch.linalg.qr(outside_of(basis, added)).Q
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
@@ -798,9 +815,10 @@ def mixed_batch(share, layer, tasks, x):
     eps = [share.coefficients[layer].get(task, nothing) for task in tasks]
     eps_betas = stack_padded([eps_beta for eps_beta, _ in eps])
     eps_alphas = stack_padded([eps_alpha for _, eps_alpha in eps])
-    x_alpha = x.to(alpha.dtype) @ alpha  # alpha^T x; then eps_alpha^T, eps_beta and beta
-    z = torch.einsum("s...k,skp->s...p", x_alpha, eps_alphas)
-    return torch.einsum("s...p,skp->s...k", z, eps_betas) @ beta.T
+    z = x.to(alpha.dtype) @ alpha  # alpha^T x, (s, ..., kα)
+    z = torch.einsum("s...k,skp->s...p", z, eps_alphas)  # eps_alpha^T of it
+    z = torch.einsum("s...p,skp->s...k", z, eps_betas)  # eps_beta, (s, ..., kβ)
+    return z @ beta.T
 
 
 def stack_padded(matrices):
@@ -848,7 +866,8 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
-                # Inference mode may write any buffer, but none can write an expanded one: it stays.
+                # inference_mode also writes buffers that were made in it. An expanded buffer cannot
+                # be written: suppress leaves it.
                 with torch.inference_mode(), contextlib.suppress(RuntimeError):
                     buffer.copy_(buffers[name])
 
@@ -856,14 +875,17 @@ def frozen(model):
 def follow_weight(linear, inputs=()):
     """Bring a layer's bases and coefficients to the device of its weight.
 
-    It is a hook before forward, as model.to(device) does not know them; but "meta" would delete
-    them. The hook also stops the fast path of nn.TransformerEncoderLayer, which calls no layers.
+    It is a hook before forward, as model.to(device) does not know the share's tensors. A hook also
+    keeps nn.TransformerEncoderLayer from its fast path, which calls no layers.
     """
+    layer = linear.layer
     bases = linear.share.bases
-    held = linear.share.coefficients[linear.layer]
     device = linear.weight.device
-    if bases[linear.layer][0].device != device and device.type != "meta":
-        bases[linear.layer] = tuple(basis.to(device) for basis in bases[linear.layer])
+    if device.type == "meta" and inputs:  # offloaded: the weight comes to the input
+        device = inputs[0].device
+    if device.type != "meta" and bases[layer][0].device != device:  # on meta they would be lost
+        bases[layer] = tuple(basis.to(device) for basis in bases[layer])
+        held = linear.share.coefficients[layer]
         for task, eps in held.items():
             held[task] = tuple(side.to(device) for side in eps)
 
