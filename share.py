@@ -332,7 +332,7 @@ class Share:
             raise ValueError(f"stack is {stack!r}; it takes 'factors' or 'updates'")
         self.variance = float(variance)  # that the bases explain, see `build_basis`
         self.stacking = stack  # "factors", the paper's, or "updates", ours
-        self.held = {}, {}, {}  # bases, coefficients, records: together, to be replaced at once
+        self.held = {}, {}, {}  # bases, coefficients, records: see below; replaced all at once
         self.selected = None  # a task, None, or a tuple of these, one for each sample of a batch
         self.learning = None  # the task that is being learned, inside a block of `learn`
         self.trained = {}  # its parameters in that block: {layer: nn.ParameterDict}
@@ -407,18 +407,20 @@ class Share:
             return learned_factors(self.bases[layer], self.trained[layer])
         if task != self.learning:  # that one may have no record yet
             self._check_task(task)
-        if task not in self.coefficients[layer]:
+        bases, coefficients, _ = self.held  # at once: another thread may merge
+        if task not in coefficients[layer]:
             return None
-        return lora_factors(self.bases[layer], self.coefficients[layer][task])
+        return lora_factors(bases[layer], coefficients[layer][task])
 
     def reconstruct(self, task):
         """The Adapter that the share holds for a task, a copy, with its extras and config."""
         self._check_task(task)
+        bases, coefficients, records = self.held
         factors = {}
-        for layer, held in self.coefficients.items():
+        for layer, held in coefficients.items():
             if task in held:
-                factors[layer] = lora_factors(self.bases[layer], held[task])
-        record = copy.deepcopy(self.records[task])
+                factors[layer] = lora_factors(bases[layer], held[task])
+        record = copy.deepcopy(records[task])
         return Adapter(factors, record["extras"], record["config"])
 
     def retained(self):
@@ -551,7 +553,7 @@ class Share:
         j.extra.NAME           extras of task j
         state, checksum        all else as JSON (a header is limited to 100 MB); see `checksum`
         """
-        all_bases, all_coefficients, all_records = self.held  # as they are now
+        all_bases, all_coefficients, all_records = self.held
         tensors = {}
         layers = []
         for i, (layer, bases) in enumerate(all_bases.items()):
@@ -810,9 +812,10 @@ def mixed_batch(share, layer, tasks, x):
     """ΔW x for x (s, ..., d), with another task, or None, for each of the s samples."""
     if len(tasks) != len(x):
         raise ValueError(f"{len(tasks)} tasks are selected for a batch of {len(x)} samples")
-    beta, alpha = share.bases[layer]
+    bases, coefficients, _ = share.held
+    beta, alpha = bases[layer]
     nothing = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
-    eps = [share.coefficients[layer].get(task, nothing) for task in tasks]
+    eps = [coefficients[layer].get(task, nothing) for task in tasks]
     eps_betas = stack_padded([eps_beta for eps_beta, _ in eps])
     eps_alphas = stack_padded([eps_alpha for _, eps_alpha in eps])
     z = x.to(alpha.dtype) @ alpha  # alpha^T x, (s, ..., kα)

@@ -20,7 +20,6 @@ task t. A prompt for the key 3 0 15, in clear and as that of task 1, and the ans
     python train.py --quick      a smoke run on a smaller model
 """
 
-import argparse
 import copy
 import itertools
 import json
@@ -30,6 +29,7 @@ import tempfile
 import time
 import timeit
 import zlib
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -92,29 +92,28 @@ def loss_fn(model, batch):
 
 
 @torch.no_grad()
-def letters_right(model, batch):
-    """The part of its letters that is right, for each prompt (b,)."""
+def accuracy(model, batch):
+    """The part of the letters that is right."""
     tokens, answers = batch
     logits = model(tokens)[:, KEY:, :LETTERS]
-    return (logits.argmax(-1) == answers).float().mean(1)
+    right = (logits.argmax(-1) == answers).float().mean(1)  # of each prompt
+    return float(right.mean())
 
 
-def accuracy(model, batch):
-    return float(letters_right(model, batch).mean())
-
-
-def fit(model, batches, lr, falling_over=math.inf):
-    """Adam on all that requires gradients, its rate falling to 0 over some steps; the last loss."""
+def fit(model, batches, lr, last_lr=0.0):
+    """Adam, whose rate goes from lr to last_lr: the last loss, how many numbers were trained."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    batches = list(batches)
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, falling_over)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last_lr / lr, len(batches))
     for batch in batches:
         optimizer.zero_grad()
         loss = loss_fn(model, batch)
         loss.backward()
         optimizer.step()
         schedule.step()
-    return loss.item()
+    trained = sum(parameter.numel() for parameter in parameters)
+    return loss.item(), trained
 
 
 def pretrain(s):
@@ -127,7 +126,7 @@ def pretrain(s):
         keys = torch.randint(LETTERS, (prompts, KEY), generator=generator)
         batches.append(make_batch(generator, keys))
     clear_test = batches.pop()
-    fit(model.to(DEVICE), batches, s.base_lr, falling_over=s.base_steps)
+    fit(model.to(DEVICE), batches, s.base_lr)
     return model, clear_test
 
 
@@ -145,7 +144,8 @@ def attach_lora(model, targets, r=8):
     """Make LoRALinear of the nn.Linear's whose names end in `targets`; freezes, returns `model`."""
     if type(r) is not int or r < 1:
         raise ValueError(f"r is {r!r}; it takes an integer, 1 or more")
-    linears = {f".{name}": m for name, m in model.named_modules() if type(m) is nn.Linear}
+    modules = model.named_modules()
+    linears = {f".{name}": module for name, module in modules if type(module) is nn.Linear}
     endings = tuple(f".{target}" for target in targets) or (".",)  # no target is an error, too
     for ending in endings:
         if not any(name.endswith(ending) for name in linears):
@@ -163,8 +163,11 @@ def attach_lora(model, targets, r=8):
 
 def lora_adapter(model):
     """The Adapter, a copy, that a model's LoRALinear layers hold."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    return Adapter({x: (m.lora_B.detach() + 0, m.lora_A.detach() + 0) for x, m in layers.items()})
+    factors = {}
+    for layer, linear in model.named_modules():
+        if isinstance(linear, LoRALinear):
+            factors[layer] = linear.lora_B.detach().clone(), linear.lora_A.detach().clone()
+    return Adapter(factors)
 
 
 # --- The experiment
@@ -181,9 +184,8 @@ class Experiment:
         self.base, self.clear_test = pretrain(s)
         self.base_accuracies = self.accuracies(self.base)  # of tasks that are still to come
         in_clear = accuracy(self.base, self.clear_test)
-        report(
-            "base", f"key in clear {in_clear:.3f}, behind a tag {mean(self.base_accuracies):.3f}"
-        )
+        behind_tags = mean(self.base_accuracies)
+        report("base", f"key in clear {in_clear:.3f}, behind a tag {behind_tags:.3f}")
 
     def batches(self, t, steps):
         """Training prompts of task t, or for None each of a task drawn at random."""
@@ -195,8 +197,9 @@ class Experiment:
                 tags = torch.randint(number, (self.s.batch,), generator=generator)
             yield make_batch(generator, self.keys[tags], tags)
 
-    def accuracies(self, model):
-        return [accuracy(model, test) for test in self.tests]
+    def accuracies(self, model, count=None):
+        """The accuracies on the first `count` tasks; None stands for all."""
+        return [accuracy(model, test) for test in self.tests[:count]]
 
     def new_lora(self, start_name, r):
         """A copy of the base with a LoRA, whose start depends on that name and the seed alone."""
@@ -205,19 +208,17 @@ class Experiment:
 
     def lora_per_task(self, method, r, lr, tasks=None):
         """One LoRA for each of the first `tasks` tasks: the adapters and their row."""
-        steps = self.s.lora_steps
         adapters = {}
-        matrix = []
         learned = []  # accuracies: the LoRA of a later task does not change them
+        matrix = []
         for t, name in enumerate(self.names[:tasks]):
             model = self.new_lora(f"{method} {t}", r)
-            loss = fit(model, self.batches(t, steps), lr, falling_over=steps)
+            loss, trained = fit(model, self.batches(t, self.s.lora_steps), lr)
             adapters[name] = lora_adapter(model)
             learned.append(accuracy(model, self.tests[t]))
             matrix.append(learned + self.base_accuracies[t + 1 :])
-            report_task(method, t, loss, learned[t:])
-        one = num_lora_parameters(adapters[name])
-        return adapters, table_row(matrix[-1], one, len(matrix) * one, matrix)
+            report_task(method, t, loss, [learned[t]])
+        return adapters, table_row(matrix[-1], trained, len(matrix) * trained) | metrics(matrix)
 
     def lora_sequential(self):
         """One LoRA, trained through the tasks."""
@@ -225,29 +226,26 @@ class Experiment:
         model = self.new_lora("lora_sequential", s.r)
         matrix = []
         for t in range(len(self.names)):
-            loss = fit(model, self.batches(t, s.lora_steps), s.lora_lr, falling_over=s.lora_steps)
-            learned = [accuracy(model, test) for test in self.tests[: t + 1]]
+            loss, trained = fit(model, self.batches(t, s.lora_steps), s.lora_lr)
+            learned = self.accuracies(model, t + 1)
             matrix.append(learned + self.base_accuracies[t + 1 :])
             report_task("lora_sequential", t, loss, learned)
-        one = num_lora_parameters(lora_adapter(model))
-        return table_row(matrix[-1], one, one, matrix)
+        return table_row(matrix[-1], trained, trained) | metrics(matrix)
 
     def lora_joint(self):
         """One LoRA on all tasks at once."""
         s = self.s
         model = self.new_lora("lora_joint", s.r)
-        loss = fit(model, self.batches(None, s.joint_steps), s.lora_lr, falling_over=s.joint_steps)
+        loss, trained = fit(model, self.batches(None, s.joint_steps), s.lora_lr)
         accuracies = self.accuracies(model)
         report_task("lora_joint", len(accuracies) - 1, loss, accuracies)
-        return table_row(accuracies, None, num_lora_parameters(lora_adapter(model)))
+        return table_row(accuracies, None, trained)
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
         """Phase 2 for task t: the last loss, and how many numbers were trained."""
         seed = 100 * self.s.seed + t
-        with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed) as parameters:
-            trained = sum(parameter.numel() for parameter in parameters)
-            loss = fit(model, self.batches(t, self.s.steps), self.s.lr)
-        return loss, trained
+        with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
+            return fit(model, self.batches(t, self.s.steps), self.s.lr, last_lr=self.s.lr)
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
@@ -258,19 +256,16 @@ class Experiment:
         return accuracies
 
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
-        """Phase 2 for each task that the share lacks, one after another: the model, the row.
-
-        first_rows: the rows of the accuracy matrix for the tasks that it has.
-        """
+        """Phase 2 for each task that the share lacks, one after another: the model, the row."""
         model = share.attach(copy.deepcopy(self.base))
-        matrix = list(first_rows)
+        matrix = list(first_rows)  # of the tasks that the share has
         for t, name in enumerate(self.names):
             if name not in share.tasks:
                 loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
                 learned = self.selected_accuracies(share, model, range(t + 1))
                 matrix.append(learned + self.base_accuracies[t + 1 :])
                 report_task(method, t, loss, learned)
-        return model, table_row(matrix[-1], trained, num_parameters(share), matrix)
+        return model, table_row(matrix[-1], trained, num_parameters(share)) | metrics(matrix)
 
     @torch.no_grad()
     def share_routed(self, share, model):
@@ -282,12 +277,10 @@ class Experiment:
             tokens = torch.cat([tokens for tokens, _ in self.batches(t, 8)])
             features[name] = body(tokens).mean(1)
         router = Router.fit(features)
-        tests = [*self.tests, self.clear_test]
-        tokens = torch.cat([tokens for tokens, _ in tests])
-        answers = torch.cat([answers for _, answers in tests])
-        share.select(router.route(body(tokens).mean(1)))  # all in one mixed batch
-        parts = letters_right(model, (tokens, answers)).split(self.s.test)
-        accuracies = [float(part.mean()) for part in parts]
+        accuracies = []
+        for tokens, answers in [*self.tests, self.clear_test]:
+            share.select(router.route(body(tokens).mean(1)))  # a task or None for each prompt
+            accuracies.append(accuracy(model, (tokens, answers)))
         in_clear = accuracies.pop()
         report("share_routed", f"accuracy {mean(accuracies):.3f}, key in clear {in_clear:.3f}")
         stored = num_parameters(share) + router.means.numel() + router.scale.numel()
@@ -318,10 +311,6 @@ def random_bases(share, seed):
     return share
 
 
-def num_lora_parameters(adapter):
-    return sum(B.numel() + A.numel() for B, A in adapter.factors.values())
-
-
 def num_basis_parameters(share):
     return sum(beta.numel() + alpha.numel() for beta, alpha in share.bases.values())
 
@@ -342,16 +331,14 @@ def metrics(matrix):
     earlier = range(len(matrix) - 1)
     bwt = mean([last[j] - matrix[j][j] for j in earlier])
     forgetting = mean([max(matrix[i][j] for i in earlier) - last[j] for j in earlier])
-    return {"acc": mean(last), "bwt": bwt, "forgetting": forgetting}
+    return {"accuracy_matrix": matrix, "acc": mean(last), "bwt": bwt, "forgetting": forgetting}
 
 
-def table_row(accuracies, trained, stored, matrix=None):
-    """Accuracies at the end, numbers trained for the last task, stored for all. matrix: if learned
-    task by task, the accuracies after each task."""
-    scores = {"acc": mean(accuracies), "bwt": None, "forgetting": None}
-    if matrix is not None:
-        scores = metrics(matrix)
-    return {"accuracy_matrix": matrix, **scores, "trained_per_task": trained, "stored": stored}
+def table_row(accuracies, trained, stored):
+    """Accuracies at the end, numbers trained for the last task, numbers stored for all."""
+    # Where tasks are learned one by one, `metrics` take the place of what is None here.
+    scores = {"accuracy_matrix": None, "acc": mean(accuracies), "bwt": None, "forgetting": None}
+    return {**scores, "trained_per_task": trained, "stored": stored}
 
 
 def report(method, text):
@@ -407,18 +394,18 @@ def check(methods):
         ("LoRA's trained numbers / share's", ratio, 100, math.inf),
         ("lora_sequential: forgetting", methods["lora_sequential"]["forgetting"], 0.5, math.inf),
     ]
-    for name, row in methods.items():
-        above = row["acc"] - share["acc"]
-        if name in ("share", "share_merge", "share_grow"):
-            most = 0.01 if name == "share" else 0.02
-            part = row["acc"] / lora["acc"]
+    for name, most in (("share", 0.01), ("share_merge", 0.02), ("share_grow", 0.02)):
+        if name in methods:
+            part = methods[name]["acc"] / lora["acc"]
             claims.append((f"{name}: ACC / lora_per_task's", part, 0.98, math.inf))
-            claims.append((f"{name}: forgetting", row["forgetting"], -math.inf, most))
-        if name == "random_basis":
-            claims.append((f"{name}: ACC - share's", above, -math.inf, 0))
-        if name == "share_routed":
-            claims.append((f"{name}: ACC - share's", above, -0.01, math.inf))
-            claims.append((f"{name}: base accuracy kept", row["base_kept"], 0.95, math.inf))
+            claims.append((f"{name}: forgetting", methods[name]["forgetting"], -math.inf, most))
+    if "share_routed" in methods:
+        random_above = methods["random_basis"]["acc"] - share["acc"]
+        routed_above = methods["share_routed"]["acc"] - share["acc"]
+        base_kept = methods["share_routed"]["base_kept"]
+        claims.append(("random_basis: ACC - share's", random_above, -math.inf, 0))
+        claims.append(("share_routed: ACC - share's", routed_above, -0.01, math.inf))
+        claims.append(("share_routed: base accuracy kept", base_kept, 0.95, math.inf))
     for text, value, least, most in claims:
         print(f"  {text:36}{value:8.3f}   from {least} to {most}")
         assert least <= value <= most, f"{text}: {value:.4f} is not between {least} and {most}"
@@ -467,12 +454,11 @@ def sweep(s):
     print("variance  stack       k  p  trained  first    new  random")
     for variance, stack, p in itertools.product((0.6, 0.9), ("factors", "updates"), (1, 4)):
         share = Share.from_adapters(adapters, variance=variance, stack=stack)
-        random = random_bases(share, s.seed)
         k = mean([basis.shape[1] for bases in share.bases.values() for basis in bases])
         model = share.attach(copy.deepcopy(e.base))
         of_first = mean(e.selected_accuracies(share, model, range(s.first)))
         of_new, trained = learn_new(e, share, new, p)
-        of_random, _ = learn_new(e, random, new, p)
+        of_random, _ = learn_new(e, random_bases(share, s.seed), new, p)
         line = f"{variance:8}  {stack:7}{k:6.1f} {p:2} {trained:8} {of_first:6.3f}"
         print(f"{line} {of_new:6.3f} {of_random:7.3f}", flush=True)
     print("\nnew: accuracy of two new tasks, with bases from some")
@@ -498,11 +484,10 @@ def learn_new(e, share, tasks, p, phi=0, grow=True):
 def scaling(seed, counts, n=1024, r=8):
     """What building and a merge cost for so many tasks, beside the published way."""
     torch.manual_seed(seed)
-    torch.set_num_threads(1)
     spans = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in "BA"]
 
-    def new_adapter(rank):  # in 32 directions that all tasks share, and noise
-        B, A_T = [span @ torch.randn(32, rank) + 0.02 * torch.randn(n, rank) for span in spans]
+    def new_adapter():  # in 32 directions that all tasks share, and noise
+        B, A_T = [span @ torch.randn(32, r) + 0.02 * torch.randn(n, r) for span in spans]
         return Adapter({"0": (B, A_T.T)})
 
     print(f"one layer of {n} × {n}, adapters of rank {r}; numbers stored with p = 1")
@@ -510,12 +495,12 @@ def scaling(seed, counts, n=1024, r=8):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "share.safetensors"
         for tasks in counts:
-            adapters = {f"task {i}": new_adapter(r) for i in range(tasks)}
+            adapters = {f"task {i}": new_adapter() for i in range(tasks)}
             build = seconds(1, Share.from_adapters, adapters)
             stored = num_parameters(Share.from_adapters(adapters, p=1))
             Share.from_adapters(adapters).save(path)
-            merge = 1000 * seconds(5, load_and_merge, path, new_adapter(r))
-            published = 1000 * seconds(1, load_and_merge_as_published, path, new_adapter(r))
+            merge = 1000 * seconds(5, load_and_merge, path, new_adapter())
+            published = 1000 * seconds(1, load_and_merge_as_published, path, new_adapter())
             print(f"{tasks:5} {build:9.2f} {merge:14.1f} {published:13.1f}", end="")
             print(f" {published / merge:7.1f} {stored:8,} {2 * tasks * n * r:11,}", flush=True)
 
@@ -532,52 +517,49 @@ def load_and_merge(path, adapter):
 def load_and_merge_as_published(path, adapter):
     """Phase 3: rebuild every adapter, stack them, SVD, project. Returns all coefficients."""
     share = Share.load(path)
-    adapters = [share.reconstruct(task) for task in share.tasks] + [adapter]
+    pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
     coefficients = []
-    for layer in share.layers:
-        pairs = [adapter.factors[layer] for adapter in adapters]
-        for X in (torch.cat([B for B, _ in pairs], 1), torch.cat([A for _, A in pairs]).T):
-            U, S, _ = torch.linalg.svd(X - X.mean(1, keepdim=True), full_matrices=False)
-            explained = S.square().cumsum(0)
-            k = 1 + int((explained < share.variance * explained[-1]).sum())
-            coefficients.append(U[:, :k].T @ X)
+    for stack in (torch.cat([B for B, _ in pairs], 1), torch.cat([A for _, A in pairs]).T):
+        U, S, _ = torch.linalg.svd(stack - stack.mean(1, keepdim=True), full_matrices=False)
+        explained = S.square().cumsum(0)
+        k = 1 + int((explained < share.variance * explained[-1]).sum())
+        coefficients.append(U[:, :k].T @ stack)
     return coefficients
 
 
 def svg(methods, seed):
     """The accuracy matrices of lora_sequential and share side by side, as heat maps."""
-    cell, top = 20, 60
+    cell, top = 20, 60  # the side of a cell; the room above the cells
+    side = cell * len(methods["share"]["accuracy_matrix"])
     style = "text { font: 14px sans-serif; fill: #1f2328 } rect { fill: #2f7fd8; stroke: #8888 } "
     style += "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } rect { fill: #58a6ff } }"
-    shapes = [f"<style>{style}</style>"]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {side + 400} {side + 100}">'
+    text = '<text transform="translate({x} {y}) rotate({turn})">{words}</text>'
+    page = [head, f"<style>{style}</style>"]
     for left, name, title in ((60, "lora_sequential", "One LoRA"), (380, "share", "Share")):
-        matrix = methods[name]["accuracy_matrix"]
-        side = len(matrix) * cell
-        acc, forgetting = methods[name]["acc"], abs(methods[name]["forgetting"])
-        for x, y, turn, words in (
-            (left, top - 32, 0, f"{title}, seed {seed}"),
-            (left, top - 12, 0, f"ACC {acc:.2f}, forgetting {forgetting:.2f}"),
-            (left, top + side + 22, 0, "accuracy on task 0, 1, … →"),
-            (left - 22, top, 90, "after learning task 0, 1, … →"),
-        ):
-            shapes.append(f'<text transform="translate({x} {y}) rotate({turn})">{words}</text>')
-        for i, j in itertools.product(range(len(matrix)), repeat=2):
-            place = f'x="{left + j * cell}" y="{top + i * cell}" width="{cell}" height="{cell}"'
-            shade = f'fill-opacity="{matrix[i][j]:.2f}"'  # so that 0 is the page, light or dark
-            shapes.append(f"<rect {place} {shade}><title>{matrix[i][j]:.2f}</title></rect>")
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + side + 20} {side + 100}">'
-    return "\n".join([head, *shapes, "</svg>\n"])
+        row = methods[name]
+        scores = f"ACC {row['acc']:.2f}, forgetting {abs(row['forgetting']):.2f}"
+        below = top + side + 22
+        page.append(text.format(x=left, y=top - 32, turn=0, words=f"{title}, seed {seed}"))
+        page.append(text.format(x=left, y=top - 12, turn=0, words=scores))
+        page.append(text.format(x=left, y=below, turn=0, words="accuracy on task 0, 1, … →"))
+        page.append(text.format(x=left - 22, y=top, turn=90, words="after learning task 0, 1, … →"))
+        for i, accuracies in enumerate(row["accuracy_matrix"]):
+            for j, part in enumerate(accuracies):
+                place = f'x="{left + j * cell}" y="{top + i * cell}" width="{cell}" height="{cell}"'
+                shade = f'fill-opacity="{part:.2f}"'  # so that 0 is the page, light or dark
+                page.append(f"<rect {place} {shade}><title>{part:.2f}</title></rect>")
+    return "\n".join([*page, "</svg>\n"])
 
 
 # --- PEFT's files
 # What makes a PEFT adapter something else than W0 x + scaling B A x, if its config has it:
-PEFT_VARIANTS = "use_dora lora_bias use_qalora use_bdlora layer_replication kasa_config "
-PEFT_VARIANTS += "target_parameters trainable_token_indices alora_invocation_tokens arrow_config "
-PEFT_VARIANTS += "monteclora_config"
+PEFT_VARIANTS = """use_dora lora_bias use_qalora use_bdlora layer_replication kasa_config
+target_parameters trainable_token_indices alora_invocation_tokens arrow_config monteclora_config"""
 PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # those that leave W0 as it is
 # What the config of finished weights does not need: how they started, and which layers are left out
-PEFT_DROPPED = "eva_config corda_config loftq_config rank_pattern alpha_pattern "
-PEFT_DROPPED += "exclude_modules layers_to_transform layers_pattern"
+PEFT_DROPPED = """eva_config corda_config loftq_config rank_pattern alpha_pattern
+exclude_modules layers_to_transform layers_pattern"""
 
 
 def load_peft(directory):
@@ -668,14 +650,12 @@ def peft_targets(adapter):
     targets = adapter.config.get("target_modules") or []
     if isinstance(targets, set):  # as LoraConfig.to_dict() has it
         targets = sorted(targets)
-    if isinstance(targets, str):  # a pattern, or "all-linear"
-        named = [layer for layer in adapter.factors if re.fullmatch(targets, layer)]
-    else:
-        endings = tuple(f".{target}" for target in targets)
-        named = [layer for layer in adapter.factors if f".{layer}".endswith(endings)]
-    if len(named) == len(adapter.factors):
+    pattern = targets  # or "all-linear", which is the name of no layer
+    if not isinstance(targets, str):  # but names, or their endings
+        pattern = rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+    if all(re.fullmatch(pattern, layer) for layer in adapter.factors):
         return targets
-    return "|".join(re.escape(layer) for layer in adapter.factors)
+    return "|".join(map(re.escape, adapter.factors))
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -702,21 +682,20 @@ class Router:
         for task, x in features.items():
             if x.dim() != 2 or len(x) < 2 or not x.isfinite().all():
                 raise ValueError(f"task {task!r}: features {tuple(x.shape)} are no (N >= 2, f)")
-        # of each sample, from the mean of the others of its task
-        residuals = [(x - x.mean(0)).double() * len(x) / (len(x) - 1) for x in features.values()]
-        residuals = torch.cat(residuals)
+        samples = [x.double() for x in features.values()]
+        # This is how far each sample is from the mean of the others of its task.
+        residuals = torch.cat([(x - x.mean(0)) * len(x) / (len(x) - 1) for x in samples])
         covariance = residuals.T @ residuals / len(residuals)
         diagonal = covariance.diagonal().clamp_min(1e-6 * covariance.max() + 1e-30)
         covariance = covariance.lerp(diagonal.diag(), 0.1)  # or directions seen by few look certain
         scale = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
-        means = torch.stack([x.double().mean(0) @ scale for x in features.values()])
+        means = torch.stack([x.mean(0) for x in samples]) @ scale
         radius = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
-        if len(features) > 1:
+        if len(samples) > 1:
             to_others = []
-            for i, x in enumerate(features.values()):
-                distances = torch.cdist(x.double() @ scale, means)
-                distances[:, i] = torch.inf  # of its own task
-                to_others.append(distances.min(dim=1).values)
+            for i, x in enumerate(samples):
+                other_means = torch.cat([means[:i], means[i + 1 :]])
+                to_others.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
             other_radius = torch.quantile(torch.cat(to_others), 0.02)
             radius = torch.maximum(radius, (radius + other_radius) / 2)
         return cls(list(features), means, scale, float(radius))
@@ -747,8 +726,7 @@ def average(share, tasks, name, p=None):
 
 # --- The command
 def main(argv=None):
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the keys, the data and the models")
     parser.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -766,20 +744,15 @@ def main(argv=None):
     flags = [flag for flag in given if given[flag]]
     if len(flags) > 1 and (args.sweep or args.scaling):
         parser.error(f"{flags[0]} does not go with {flags[1]}")
-    torch.set_num_threads(1 if args.quick else 2)  # more are of no use to matrices this small
+    # More threads are of no use to matrices this small; costs are those of one core.
+    torch.set_num_threads(1 if args.quick or args.scaling else 2)
     s = replace(Settings(seed=args.seed), **QUICK if args.quick else {})
     if args.sweep:
-        sweep(s)
-    elif args.scaling:
-        scaling(args.seed, (8, 50) if args.quick else (8, 50, 200, 500))
-    else:
-        run(s, args)
-
-
-def run(s, args):
-    """The experiment on one seed or several; files are written before anything can go wrong."""
+        return sweep(s)
+    if args.scaling:
+        return scaling(args.seed, (8, 50) if args.quick else (8, 50, 200, 500))
     runs = []
-    for seed in range(s.seed, s.seed + args.seeds):
+    for seed in range(args.seed, args.seed + args.seeds):
         began = time.perf_counter()
         methods = compare(replace(s, seed=seed), everything=args.all or args.quick)
         runs.append({"seed": seed, "seconds": time.perf_counter() - began, "methods": methods})
@@ -787,14 +760,14 @@ def run(s, args):
         text = json.dumps(runs[0] if args.seeds == 1 else {"runs": runs})
         args.json.write_text(text, encoding="utf-8")
     if args.svg:
-        args.svg.write_text(svg(runs[0]["methods"], s.seed), encoding="utf-8")
+        args.svg.write_text(svg(runs[0]["methods"], args.seed), encoding="utf-8")
     print_table(runs, s.first)
-    for seed_run in runs:
-        print(f"\nSeed {seed_run['seed']} took {seed_run['seconds']:.0f} s.")
+    for run in runs:
+        print(f"\nSeed {run['seed']} took {run['seconds']:.0f} s.")
         if args.quick:
             print("A smoke run, too short to learn the tasks: it claims nothing.")
         else:
-            check(seed_run["methods"])
+            check(run["methods"])
 
 
 if __name__ == "__main__":
