@@ -72,15 +72,14 @@ class ShareLinear(nn.Linear):
     def forward(self, input):
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
-        if task is None:
-            return h
         if isinstance(task, tuple):  # ours: another task, or None, for each sample
-            return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
-        factors = self.share.factors(self.layer, task)
-        if factors is None:  # the task leaves this layer alone
-            return h
-        B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
-        delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
+            delta_x = mixed_batch(self.share, self.layer, task, input)
+        else:
+            factors = self.share.factors(self.layer, task)
+            if factors is None:  # no task, or one that leaves this layer alone
+                return h
+            B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
+            delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
         return (h + delta_x).to(h.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
 
 
@@ -105,7 +104,8 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     share = cls(variance, stack)
     bases = {}
     coefficients = {}
-    for layer, pairs in share._pairs_by_layer(adapters).items():  # {task: (B, A^T)} of one layer
+    pairs_by_layer = share._pairs_by_layer(adapters)  # {layer: {task: (B, A^T)}}, checked
+    for layer, pairs in pairs_by_layer.items():
         bases[layer], found = build_layer(pairs, variance, k, stack)
         coefficients[layer] = {task: best_rank(eps, p) for task, eps in found.items()}
     share._store(adapters, bases, coefficients)
@@ -117,16 +117,13 @@ def build_layer(pairs, variance, k=None, stacking="factors", at_least=(0, 0)):
 
     pairs: {task: (B (n, r), A^T (d, r))}, the two sides of ΔW, each as columns.
     """
-    bases = []
-    for side in (0, 1):  # the B's give beta, the A^T's give alpha
-        # 1. Put the factors of all tasks side by side.
-        stack = side_by_side(pairs, side, stacking)
-        # 2. Take the main directions of these columns.
-        centred = stacking == "factors"
-        bases.append(build_basis(stack, variance, k, centred, at_least[side]))
+    centred = stacking == "factors"
+    # 1. Put the factors of all tasks side by side. 2. Take the main directions of these columns.
+    beta = build_basis(side_by_side(pairs, 0, stacking), variance, k, centred, at_least[0])
+    alpha = build_basis(side_by_side(pairs, 1, stacking), variance, k, centred, at_least[1])
     # 3. Project the factors of each task onto the bases.
-    coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
-    return tuple(bases), coefficients
+    coefficients = {task: project((beta, alpha), pair) for task, pair in pairs.items()}
+    return (beta, alpha), coefficients
 
 
 def side_by_side(pairs, side, stacking):
@@ -140,7 +137,7 @@ def build_basis(stack, variance=0.6, k=None, centred=True, at_least=0):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
     The paper's: centred, as many as explain `variance`, see `centred_basis`. Ours, not centred:
-    k         exactly so many; variance plays no part
+    k         so many, if there are; variance and at_least then play no part
     centred   False: as many as explain `variance`, for `stack_updates`, whose mean says nothing
     at_least  if `variance` gives fewer, so many in their place
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
@@ -150,43 +147,57 @@ def build_basis(stack, variance=0.6, k=None, centred=True, at_least=0):
         raise ValueError(f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite numbers")
     X = stack.double()
     floor = ROUNDING * X.norm()
-    if k is None and centred:  # the paper's
-        basis = centred_basis(X, variance, floor)
-    else:
-        basis = main_directions(X, variance, k, floor)
-    if k is None and basis.shape[1] < at_least:
-        basis = main_directions(X, None, at_least, floor)
+    if k is not None:  # ours
+        basis = main_directions(X, floor, k=k)
+    elif centred:  # the paper's
+        basis = centred_basis(X, floor, variance)
+    else:  # ours
+        basis = main_directions(X, floor, variance)
+    if k is None and basis.shape[1] < at_least:  # ours, for a merge
+        basis = main_directions(X, floor, k=at_least)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
-def centred_basis(X, variance, floor):
-    """The paper's basis (n, k) of a stack X (n, m), and a direction more if its mean needs one."""
+def centred_basis(X, floor, variance):
+    """The paper's basis (n, k) of a stack X (n, m), mostly with one direction more."""
     # 1. Subtract the mean column.
     mean = X.mean(dim=1, keepdim=True)
     # 2. Take the fewest left singular vectors that explain the variance.
-    basis = main_directions(X - mean, variance, None, floor)
-    # 3. Ours: what is left may have nothing along the mean, so add its direction.
-    return with_mean(basis, mean, X)
+    basis = main_directions(X - mean, floor, variance)
+    # 3. Ours: give the direction of the mean back, as what is projected has it. Rounding does not
+    #    count: 1e-6 of a typical column.
+    if outside_of(basis, mean).norm() > floor / X.shape[1] ** 0.5:
+        basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
+    return basis
 
 
-def main_directions(X, variance, k, floor):
+def main_directions(X, floor, variance=1.0, k=None):
     """The first left singular vectors (n, k) of X (n, m): k, or the fewest that explain `variance`.
 
-    Those with a singular value up to floor are rounding, and left out.
+    Singular values up to floor are rounding and do not count.
     """
-    US, S = left_svd(X)
+    # 1. The singular values of X = U S V^T. This is 1.7 to 8 times faster than torch.linalg.svd and
+    #    has errors of 1e-8 of the largest one.
+    tall = X.shape[0] > X.shape[1]
+    gram = X.T @ X if tall else X @ X.T  # V S² V^T, or U S² U^T
+    squares, vectors = torch.linalg.eigh(gram)  # the smallest first
+    S = squares.flip(0).clamp_min(0).sqrt()
     S = S[floor < S]
+    # 2. How many: those that fall short of the variance, and one more.
     if k is None:
         explained = S.square().cumsum(0) / S.square().sum()  # by the first, the first two, …
         k = 1 + int((explained < variance - 1e-13).sum())  # 1e-13: the sums are rounded
-    return torch.linalg.qr(US[:, : min(k, len(S))]).Q  # QR divides each column of U S by its S
+    # 3. Their vectors.
+    vectors = vectors.flip(1)[:, : min(k, len(S))]
+    if tall:  # of V so far: X V = U S has orthogonal columns, and QR gives them norm 1
+        vectors = torch.linalg.qr(X @ vectors).Q
+    return vectors
 
 
 def project(bases, pair):
-    """The coordinates of two stacks of columns in two orthonormal bases.
+    """eps_beta = beta^T B (kβ, r) and eps_alpha = alpha^T A^T (kα, r), of any two such columns.
 
-    Of (B, A^T) these are eps_beta = beta^T B and eps_alpha = alpha^T A^T, each (k, r): the paper's
-    (beta^T beta)^-1 beta^T B, as beta^T beta = 1.
+    It is the paper's (beta^T beta)^-1 beta^T B, as beta^T beta = 1.
     """
     beta, alpha = bases
     B, A_T = pair
@@ -211,9 +222,9 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     """
     # 1. Start from random coefficients and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
-    # 2. Train a copy. In the block, see `_training`, the model is frozen, and its layers compute
+    trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
+    # 2. The caller trains these. All else is frozen, see `_training`, and layers compute
     #    h = W0 x + B A x with B, A = learned_factors(bases, trained[layer]).
-    trained = copy.deepcopy(start)
     with share._training(model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Leave out layers that the loss never reached: they have their random start.
@@ -278,9 +289,9 @@ def train_coefficients(share, model, task, batches, loss_fn, *, lr=1e-2, **setti
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
-    variance: None is the share's. k: a fixed size of the bases in its place. Earlier tasks may
-    change, and directions that no task uses are lost. With grow (ours) bases and earlier tasks
-    stay, and directions are added; k is then the most columns.
+    variance: None is the share's. k: in its place, the size of the bases (with grow, the size up to
+    which they grow). Earlier tasks may change, and directions that no task uses are lost. With grow
+    (ours) bases and earlier tasks stay, and directions are added.
     """
     if variance is None:
         variance = share.variance
@@ -293,7 +304,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             found = build_layer(new, **rule)
         elif grow:  # ours
             found = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # the paper's: as `merge_layer`, but faster
+        else:  # the paper's: `merge_layer`, below, called with shorter columns
             found = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         bases[layer], coefficients[layer] = found
     share._store(adapters, bases, coefficients)
@@ -311,17 +322,17 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours is at_least: by the paper's rule alone a basis could get smaller at
-    #    each merge, and old tasks would fade.
+    # 3. Phase 1 again. Ours is at_least: by the paper's rule alone a basis often gets smaller, and
+    #    old tasks fade. Where it would, it keeps its size, and is not centred.
     sizes = beta.shape[1], alpha.shape[1]
     return build_layer(pairs, variance, k, stacking, at_least=sizes)
 
 
-# --- The share, which the phases fill
+# --- Part 2, everything else. The share, which the phases fill
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
-    # The phases are the functions above.
+    # The phases are the functions above, which become methods.
     from_adapters = classmethod(from_adapters)
     learn = learn
     merge = merge
@@ -332,12 +343,13 @@ class Share:
             raise ValueError(f"stack is {stack!r}; it takes 'factors' or 'updates'")
         self.variance = float(variance)  # that the bases explain, see `build_basis`
         self.stacking = stack  # "factors", the paper's, or "updates", ours
-        self.held = {}, {}, {}  # bases, coefficients, records: see below; replaced all at once
+        # (bases, coefficients, records), see below, replaced as a whole: another thread, or a
+        # signal handler, never sees half a change
+        self.held = {}, {}, {}
         self.selected = None  # a task, None, or a tuple of these, one for each sample of a batch
         self.learning = None  # the task that is being learned, inside a block of `learn`
         self.trained = {}  # its parameters in that block: {layer: nn.ParameterDict}
 
-    # --- Part 2, everything else. Using a share
     @property
     def bases(self):
         """{layer: (beta (n, k), alpha (d, k))}."""
@@ -402,11 +414,13 @@ class Share:
         self.selected = names if is_mixed else task
 
     def factors(self, layer, task):
-        """LoRA's (B (n, p), A (p, d)) of a task; None where it leaves the layer alone."""
-        if task == self.learning and layer in self.trained:  # in a block of `learn`
-            return learned_factors(self.bases[layer], self.trained[layer])
-        if task != self.learning:  # that one may have no record yet
+        """LoRA's (B (n, p), A (p, d)) of a task; None where it, or no task, changes the layer."""
+        if task is None:
+            return None
+        if task != self.learning:
             self._check_task(task)
+        elif layer in self.trained:  # of the others nothing can be trained
+            return learned_factors(self.bases[layer], self.trained[layer])
         bases, coefficients, _ = self.held  # at once: another thread may merge
         if task not in coefficients[layer]:
             return None
@@ -485,9 +499,9 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         # The paper has phi < k. Here k differs by layer and side: the largest counts.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
-        most = max(sizes + [1]) - 1
-        if type(phi) is not int or not 0 <= phi <= most:
-            raise ValueError(f"phi is {phi!r}; it takes an integer from 0 to {most}")
+        limit = max(sizes + [1])
+        if type(phi) is not int or not 0 <= phi < limit:
+            raise ValueError(f"phi is {phi!r}; it takes an integer from 0 to {limit - 1}")
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
         start = {}
         for layer, (beta, alpha) in self.bases.items():
@@ -521,10 +535,10 @@ class Share:
         with frozen(model):
             try:
                 for layer, parameters in trained.items():
-                    follow_weight(attached[layer])
+                    follow_weight(attached[layer])  # moves the bases, and then we the parameters
                     parameters.to(self.bases[layer][0].device)
-                    attached[layer].learned = parameters  # model.parameters() has them now
-                self.trained = trained  # `factors`, which forward asks, has them now
+                    attached[layer].learned = parameters  # so model.parameters() lists them
+                self.trained = trained  # so `factors`, which forward asks, forms B and A of them
                 self.learning = task
                 self.selected = task
                 yield
@@ -537,7 +551,8 @@ class Share:
 
     def _keep(self, task, factors, ends):
         """Take in trained coefficients, {layer: end}, whose factors are {layer: (B, A)}."""
-        # The whole adapter, with layers that have not moved, is what `retained` compares with.
+        # `retained` will compare with the whole adapter: after fine-tuning some layers may be as
+        # they were.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         adapter.factors.update(factors)
         check_adapter(task, adapter, {})  # training may have ended in NaN
@@ -595,17 +610,18 @@ class Share:
             raise ValueError(f"{path} is not a Share file ({FORMAT}), or is damaged")
         state = json.loads(bytes(tensors["state"].numpy()))
         share = cls(state["variance"], state["stacking"])
+        bases, coefficients, records = share.held
         for i, (layer, widths) in enumerate(state["layers"]):
-            share.bases[layer] = tensors[f"{i}.basis.0"], tensors[f"{i}.basis.1"]
+            bases[layer] = tensors[f"{i}.basis.0"], tensors[f"{i}.basis.1"]
             eps_betas = tensors[f"{i}.eps.0"].split(widths, dim=1)
             eps_alphas = tensors[f"{i}.eps.1"].split(widths, dim=1)
-            share.coefficients[layer] = {}
+            coefficients[layer] = {}
             for j, task in enumerate(state["records"]):
                 if widths[j] > 0:
-                    share.coefficients[layer][task] = eps_betas[j].clone(), eps_alphas[j].clone()
+                    coefficients[layer][task] = eps_betas[j].clone(), eps_alphas[j].clone()
         for j, (task, record) in enumerate(state["records"].items()):
             extras = {name: tensors[f"{j}.extra.{name}"] for name in record["extras"]}
-            share.records[task] = record | {"extras": extras}
+            records[task] = record | {"extras": extras}
         return share
 
     # --- Private
@@ -682,36 +698,10 @@ def squared_norm(adapter):
     return total
 
 
-def left_svd(X):
-    """U S (n, q) and S (q) of X = U S V^T, the largest first.
-
-    By the smaller Gram matrix, 1.7 to 8 times faster than torch.linalg.svd. S has errors of 1e-8 of
-    the largest, well below ROUNDING.
-    """
-    if X.shape[0] > X.shape[1]:
-        squares, V = torch.linalg.eigh(X.T @ X)  # X^T X = V S² V^T, the smallest first
-        S = squares.clamp_min(0).sqrt()
-        US = X @ V
-    else:
-        squares, U = torch.linalg.eigh(X @ X.T)  # X X^T = U S² U^T, the smallest first
-        S = squares.clamp_min(0).sqrt()
-        US = U * S
-    return US.flip(1), S.flip(0)
-
-
 def outside_of(basis, X):
     """The part of X's columns (n, m) that is orthogonal to a basis, in float64."""
     basis = basis.double()
     return X - basis @ (basis.T @ X)
-
-
-def with_mean(basis, mean, X):
-    """Ours: the basis and the direction of X's mean column, unless the basis has it."""
-    missed = outside_of(basis, mean).norm()
-    typical = X.norm(dim=0).square().mean().sqrt()  # the norm of a column of X
-    if missed <= ROUNDING * typical:
-        return basis
-    return torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
 
 
 def best_rank(eps, p):
@@ -724,16 +714,19 @@ def best_rank(eps, p):
         return eps
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
-    if len(eps_beta) == 0 or len(eps_alpha) == 0:  # an SVD would have no columns, which means that
-        return eps_beta[:, :p], eps_alpha[:, :p]  # the task leaves the layer alone
+    if len(eps_beta) == 0 or len(eps_alpha) == 0:
+        # An empty basis: ΔW is 0. The SVD would leave no columns, and with none, in a file, a task
+        # does not have the layer.
+        return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
 
 
+# --- Ours, and a faster merge
 def stack_updates(pairs, side):
-    """Ours: a stack that depends on the tasks' ΔW alone, each of which has norm 1 in it.
+    """Ours: a stack that depends on the tasks' ΔW alone, each of which weighs the same.
 
     B and A are not unique: (B M)(M^-1 A) is the same ΔW, but B M another stack than B. Here a task
     has columns C with C C^T = ΔW ΔW^T / ‖ΔW‖² (side 1: ΔW^T ΔW), whatever its B and A. Their signs
@@ -746,28 +739,30 @@ def stack_updates(pairs, side):
         R = torch.linalg.qr(other, mode="r").R
         updates.append(own @ R.T)
     norms = torch.stack([update.norm() for update in updates])
-    floor = ROUNDING * norms.max() + 1e-300  # a ΔW that may be rounding is not scaled up; nor is 0
-    columns = [update / norm.clamp_min(floor) for update, norm in zip(updates, norms, strict=True)]
+    # One below ROUNDING of the largest may be rounding, and weighs less. 1e-300: all may be 0.
+    norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)
+    columns = [update / norm for update, norm in zip(updates, norms, strict=True)]
     dtype = next(iter(pairs.values()))[side].dtype
     return torch.cat(columns, dim=1).to(dtype)
 
 
 def fast_merge_layer(bases, old, new, **rule):
-    """The result of `merge_layer`, but its SVDs see columns of q numbers, not of n.
+    """The result of `merge_layer`, but it sees columns of q numbers, not of n.
 
-    All columns of a merge are combinations of the old basis and the new factors. Q (n, q) is an
-    orthonormal basis of these, so Q^T x has the inner products of x, and SVD, mean and projection
-    depend on these alone.
+    All columns of a merge are combinations of the old basis and the new factors. With an
+    orthonormal basis Q (n, q) of these, x = Q (Q^T x) for each, and Q^T x has the same inner
+    products as x, on which SVD, mean and projection depend.
     """
     # 1. Find Q for both sides.
     Qs = []
     for side in (0, 1):
         columns = [bases[side]] + [pair[side] for pair in new.values()]
         Qs.append(torch.linalg.qr(torch.cat(columns, dim=1).double()).Q)
-    # 2. Write everything in Q's coordinates; the coefficients of old tasks stay as they are.
+    # 2. Write bases and new factors in Q's coordinates. The old coefficients fit the short bases as
+    #    they fit the long: Q^T (beta eps) = (Q^T beta) eps.
     short_bases = project(Qs, bases)
     short_new = {task: project(Qs, pair) for task, pair in new.items()}
-    # 3. Merge there, and go back.
+    # 3. Merge there, and take the bases back. The new coefficients fit both, too.
     (short_beta, short_alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
     beta = (Qs[0] @ short_beta).to(bases[0])
     alpha = (Qs[1] @ short_alpha).to(bases[1])
@@ -777,7 +772,8 @@ def fast_merge_layer(bases, old, new, **rule):
 def grow_layer(bases, old, new, variance, k, stacking):
     """Phase 3, ours: the bases stay, and what the new stack has outside them adds directions.
 
-    variance: the fraction to explain of what is outside, uncentred; k: the most columns of a basis.
+    variance: the fraction to explain of what is outside, uncentred. k: in its place, the size that
+    the bases get, if they are smaller.
     """
     beta = grow_basis(bases[0], side_by_side(new, 0, stacking), variance, k)
     alpha = grow_basis(bases[1], side_by_side(new, 1, stacking), variance, k)
@@ -795,19 +791,19 @@ def grow_basis(basis, stack, variance, most):
     """A basis, and beside it the main directions of what a stack (n, m) has outside."""
     stack = stack.double()
     outside = outside_of(basis, stack)
-    # 1. Drop a column if what is outside is rounding of the column itself, or if the whole column
-    #    is rounding: `stack_updates` makes some of 1e-16 where ΔW has a smaller rank than r.
-    own_rounding = ROUNDING * stack.norm(dim=0)
-    rounding_of_stack = 1e-12 * stack.norm()
-    outside = outside[:, outside.norm(dim=0) > torch.maximum(own_rounding, rounding_of_stack)]
+    # 1. Drop the columns with nothing but rounding outside: a part of 1e-6 of the column itself, or
+    #    of 1e-12 of the stack, as `stack_updates` makes columns of 1e-16 where r exceeds ΔW's rank.
+    rounding = torch.maximum(ROUNDING * stack.norm(dim=0), 1e-12 * stack.norm())
+    outside = outside[:, outside.norm(dim=0) > rounding]
     # 2. Take the main directions of the rest, as many as there is room for.
     room = None if most is None else max(0, most - basis.shape[1])
-    added = main_directions(outside, variance, room, ROUNDING * outside.norm())
+    added = main_directions(outside, ROUNDING * outside.norm(), variance, room)
     # 3. Project again: where little was outside, they are orthogonal to the basis only roughly.
     added = torch.linalg.qr(outside_of(basis, added)).Q
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
 
+# --- Mixed batches
 def mixed_batch(share, layer, tasks, x):
     """ΔW x for x (s, ..., d), with another task, or None, for each of the s samples."""
     if len(tasks) != len(x):
@@ -831,6 +827,7 @@ def stack_padded(matrices):
     return torch.stack(wide)
 
 
+# --- Behind attach and learn
 def moved_layers(task, start, trained):
     """{layer: {name: tensor}}, copies, where a parameter is no longer what it was at the start."""
     moved = {}
@@ -852,15 +849,16 @@ def moved_layers(task, start, trained):
 
 @contextlib.contextmanager
 def frozen(model):
-    """For a block no parameter of a model can train. Then flags, and saved buffers, are as before.
+    """For a block no parameter of a model can train. Then flags and buffers are as before.
 
-    Saved are those of state_dict(), such as BatchNorm's statistics; others are caches.
+    Of the buffers those in state_dict() count, such as the statistics that BatchNorm updates in any
+    forward pass; others are caches.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name in saved}
     model.requires_grad_(False)
-    model.zero_grad()  # or an optimizer of all parameters would step frozen ones
+    model.zero_grad()  # with a gradient from before an optimizer would step even a frozen one
     try:
         yield
     finally:
@@ -869,8 +867,8 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
-                # inference_mode also writes buffers that were made in it. An expanded buffer cannot
-                # be written: suppress leaves it.
+                # inference_mode: a buffer that was made in it can be written only there.
+                # suppress: an expanded buffer cannot be written at all, and is left.
                 with torch.inference_mode(), contextlib.suppress(RuntimeError):
                     buffer.copy_(buffers[name])
 
@@ -881,16 +879,19 @@ def follow_weight(linear, inputs=()):
     It is a hook before forward, as model.to(device) does not know the share's tensors. A hook also
     keeps nn.TransformerEncoderLayer from its fast path, which calls no layers.
     """
+    share = linear.share
     layer = linear.layer
-    bases = linear.share.bases
     device = linear.weight.device
-    if device.type == "meta" and inputs:  # offloaded: the weight comes to the input
+    if device.type == "meta" and inputs:  # offloaded: the weight will come to the input
         device = inputs[0].device
-    if device.type != "meta" and bases[layer][0].device != device:  # on meta they would be lost
-        bases[layer] = tuple(basis.to(device) for basis in bases[layer])
-        held = linear.share.coefficients[layer]
-        for task, eps in held.items():
-            held[task] = tuple(side.to(device) for side in eps)
+    if device.type == "meta" or share.bases[layer][0].device == device:
+        return
+    bases, coefficients, records = share.held
+    basis_pair = tuple(basis.to(device) for basis in bases[layer])
+    held = {}
+    for task, eps in coefficients[layer].items():
+        held[task] = tuple(side.to(device) for side in eps)
+    share.held = bases | {layer: basis_pair}, coefficients | {layer: held}, records
 
 
 # --- Refusals and files
@@ -985,9 +986,9 @@ def write_whole(path, content):
 # Learning
 # - Make optimizers, Trainers, DistributedDataParallel and moving averages in the block of learn,
 #   and load the best checkpoint before it ends.
-# - fully_shard makes new parameters: call it in the block, once for a model, and train those of
-#   model.parameters() that require gradients. Tensor parallelism does not work. A model that was
-#   sharded before attach can be used, not trained.
+# - fully_shard replaces the parameters that learn yields: call it in the block, and then train
+#   those of model.parameters() that require gradients. A model that is sharded, by that or before
+#   attach, can be used, but learns nothing more. Tensor parallelism does not work.
 # - A head that trains along is yours: unfreeze it in the block, copy it for each task, put it back.
 # - To give a learned task extras: reconstruct it, set them, remove it, add it.
 # - BatchNorm in training mode fits the batch's statistics, which are put back. Call eval() on it.
