@@ -1,4 +1,10 @@
-"""The method at work: an experiment, then where adapters come from and who picks the task.
+"""Share and LoRA at work. The method itself is share.py; here it is only called.
+
+    phase 1, bases from the first tasks' LoRA adapters      compare
+    phase 2, coefficients for each later task               Experiment.learn_task
+    phase 3, a merge after each task, if phi > 0            the end of the same block
+
+Behind the claims follow ablations, costs and a picture, then PEFT's files and the Router.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -52,23 +58,25 @@ class Settings:
     seed: int = 0  # of the keys, the data and the models
     width: int = 128  # of the model's stream
     base_steps: int = 150  # of pre-training
-    base_batch: int = 64  # prompts a step
+    base_batch: int = 64  # prompts a step of it
     base_lr: float = 2e-3
     first: int = 4  # tasks whose LoRA adapters make the bases
-    later: int = 8  # tasks learned by coefficients alone
-    r: int = 8  # rank of each LoRA
+    later: int = 8  # tasks learned after these
+    batch: int = 16  # prompts a step
+    joint_steps: int = 600  # of a training on all tasks at once
+    test: int = 128  # prompts behind each accuracy
+    # LoRA, whose rate falls to 0
+    r: int = 8  # rank
+    lora_steps: int = 100  # per task: every LoRA is then at 1.000
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
+    # Share, whose rate stays
+    stack: str = "updates"  # the bases are made of, rather than of "factors", see Share
     variance: float = 0.95  # that the bases explain
-    stack: str = "updates"
-    p: int = 1  # pseudo-rank
+    p: int = 1  # pseudo-rank: columns of a task's coefficients
     general_p: int = 4  # of the one set for all tasks
-    lr: float = 4e-2  # of coefficients
-    lora_steps: int = 100  # per task: every LoRA is then at 1.000
-    steps: int = 150  # per task, of coefficients
-    joint_steps: int = 600  # of what learns all tasks at once
-    batch: int = 16  # prompts a step
-    test: int = 128  # prompts behind each accuracy
+    steps: int = 150  # per task
+    lr: float = 4e-2
 
 
 QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40, joint_steps=40)
@@ -96,12 +104,14 @@ def accuracy(model, batch):
     """The part of the letters that is right."""
     tokens, answers = batch
     logits = model(tokens)[:, KEY:, :LETTERS]
-    right = (logits.argmax(-1) == answers).float().mean(1)  # of each prompt
-    return float(right.mean())
+    return (logits.argmax(-1) == answers).float().mean().item()
 
 
 def fit(model, batches, lr, last_lr=0.0):
-    """Adam, whose rate goes from lr to last_lr: the last loss, how many numbers were trained."""
+    """Train all that requires gradients with Adam, whose rate goes from lr to last_lr.
+
+    Returns the last loss and how many numbers were trained.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = list(batches)
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
@@ -121,18 +131,20 @@ def pretrain(s):
     torch.manual_seed(s.seed)
     model = ToyTransformer(2 * LETTERS + s.first + s.later, s.width, length=KEY + MESSAGE)
     generator = torch.Generator().manual_seed(s.seed)
-    batches = []
-    for prompts in [s.base_batch] * s.base_steps + [s.test]:
-        keys = torch.randint(LETTERS, (prompts, KEY), generator=generator)
-        batches.append(make_batch(generator, keys))
-    clear_test = batches.pop()
+
+    def batch_in_clear(size):
+        keys = torch.randint(LETTERS, (size, KEY), generator=generator)
+        return make_batch(generator, keys)
+
+    batches = [batch_in_clear(s.base_batch) for _ in range(s.base_steps)]
+    clear_test = batch_in_clear(s.test)
     fit(model.to(DEVICE), batches, s.base_lr)
     return model, clear_test
 
 
 # --- LoRA: the baseline, and the source of adapters
 class LoRALinear(nn.Linear):
-    """h = W0 x + B A x with W0 frozen (Hu et al. 2021)."""
+    """h = W0 x + B A x with W0 frozen (Hu et al. 2021), no scaling; `attach_lora` makes A and B."""
 
     def forward(self, input):
         h = super().forward(input)
@@ -146,7 +158,9 @@ def attach_lora(model, targets, r=8):
         raise ValueError(f"r is {r!r}; it takes an integer, 1 or more")
     modules = model.named_modules()
     linears = {f".{name}": module for name, module in modules if type(module) is nn.Linear}
-    endings = tuple(f".{target}" for target in targets) or (".",)  # no target is an error, too
+    endings = tuple(f".{target}" for target in targets)
+    if not endings:
+        raise ValueError("targets is empty; it takes one or more endings of names")
     for ending in endings:
         if not any(name.endswith(ending) for name in linears):
             raise ValueError(f"target {ending[1:]!r} ends the name of no nn.Linear in the model")
@@ -157,7 +171,7 @@ def attach_lora(model, targets, r=8):
             linear.lora_A = nn.Parameter(W0.new_empty(r, linear.in_features))
             linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r))
             nn.init.kaiming_uniform_(linear.lora_A, a=5**0.5)
-            linear.__class__ = LoRALinear
+            linear.__class__ = LoRALinear  # the same object under the same name
     return model
 
 
@@ -176,25 +190,28 @@ class Experiment:
 
     def __init__(self, s):
         self.s = s
-        generator = torch.Generator().manual_seed(100 * s.seed + 99)  # `batches` has 0, 1, …
+        generator = torch.Generator().manual_seed(100 * s.seed + 99)  # training has + 0, + 1, …
         self.keys = torch.randint(LETTERS, (s.first + s.later, KEY), generator=generator)
         self.names = [f"task {t}" for t in range(len(self.keys))]
         tags = [torch.full((s.test,), t) for t in range(len(self.keys))]
         self.tests = [make_batch(generator, self.keys[tag], tag) for tag in tags]
         self.base, self.clear_test = pretrain(s)
         self.base_accuracies = self.accuracies(self.base)  # of tasks that are still to come
-        in_clear = accuracy(self.base, self.clear_test)
-        behind_tags = mean(self.base_accuracies)
-        report("base", f"key in clear {in_clear:.3f}, behind a tag {behind_tags:.3f}")
+        print_progress("base", f"key in clear: {accuracy(self.base, self.clear_test):.3f}")
 
     def batches(self, t, steps):
-        """Training prompts of task t, or for None each of a task drawn at random."""
-        number = len(self.keys) if t is None else t
-        generator = torch.Generator().manual_seed(100 * self.s.seed + number)
+        """Training prompts of task t."""
+        generator = torch.Generator().manual_seed(100 * self.s.seed + t)
+        tags = torch.full((self.s.batch,), t)
         for _ in range(steps):
-            tags = torch.full((self.s.batch,), number)
-            if t is None:
-                tags = torch.randint(number, (self.s.batch,), generator=generator)
+            yield make_batch(generator, self.keys[tags], tags)
+
+    def mixed_batches(self, steps):
+        """Training prompts, each of a task drawn at random."""
+        tasks = len(self.keys)
+        generator = torch.Generator().manual_seed(100 * self.s.seed + tasks)
+        for _ in range(steps):
+            tags = torch.randint(tasks, (self.s.batch,), generator=generator)
             yield make_batch(generator, self.keys[tags], tags)
 
     def accuracies(self, model, count=None):
@@ -217,8 +234,8 @@ class Experiment:
             adapters[name] = lora_adapter(model)
             learned.append(accuracy(model, self.tests[t]))
             matrix.append(learned + self.base_accuracies[t + 1 :])
-            report_task(method, t, loss, [learned[t]])
-        return adapters, table_row(matrix[-1], trained, len(matrix) * trained) | metrics(matrix)
+            report(method, t, loss, [learned[t]])
+        return adapters, task_by_task(matrix, trained, len(matrix) * trained)
 
     def lora_sequential(self):
         """One LoRA, trained through the tasks."""
@@ -229,23 +246,27 @@ class Experiment:
             loss, trained = fit(model, self.batches(t, s.lora_steps), s.lora_lr)
             learned = self.accuracies(model, t + 1)
             matrix.append(learned + self.base_accuracies[t + 1 :])
-            report_task("lora_sequential", t, loss, learned)
-        return table_row(matrix[-1], trained, trained) | metrics(matrix)
+            report("lora_sequential", t, loss, learned)
+        return task_by_task(matrix, trained, trained)
 
     def lora_joint(self):
         """One LoRA on all tasks at once."""
         s = self.s
         model = self.new_lora("lora_joint", s.r)
-        loss, trained = fit(model, self.batches(None, s.joint_steps), s.lora_lr)
-        accuracies = self.accuracies(model)
-        report_task("lora_joint", len(accuracies) - 1, loss, accuracies)
-        return table_row(accuracies, None, trained)
+        _, trained = fit(model, self.mixed_batches(s.joint_steps), s.lora_lr)
+        return at_once("lora_joint", self.accuracies(model), None, trained)
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Phase 2 for task t: the last loss, and how many numbers were trained."""
+        """Phase 2 for task t, and with phi > 0 phase 3: its merge is at the end of the block.
+
+        phi: temporary columns of the bases. grow: the merge is ours, which adds to the bases, or
+        the paper's. Returns the last loss and how many numbers were trained.
+        """
+        batches = self.batches(t, self.s.steps)
         seed = 100 * self.s.seed + t
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
-            return fit(model, self.batches(t, self.s.steps), self.s.lr, last_lr=self.s.lr)
+            # In the block the base is frozen, and the task's coefficients alone require gradients.
+            return fit(model, batches, self.s.lr, last_lr=self.s.lr)
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
@@ -256,48 +277,57 @@ class Experiment:
         return accuracies
 
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
-        """Phase 2 for each task that the share lacks, one after another: the model, the row."""
+        """Phase 2 for each task that the share lacks, one after another: the model and the row.
+
+        first_rows: the accuracies after each task that it has, which are the first of all tasks.
+        """
         model = share.attach(copy.deepcopy(self.base))
-        matrix = list(first_rows)  # of the tasks that the share has
-        for t, name in enumerate(self.names):
-            if name not in share.tasks:
-                loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
-                learned = self.selected_accuracies(share, model, range(t + 1))
-                matrix.append(learned + self.base_accuracies[t + 1 :])
-                report_task(method, t, loss, learned)
-        return model, table_row(matrix[-1], trained, num_parameters(share)) | metrics(matrix)
+        matrix = list(first_rows)
+        for t in range(len(first_rows), len(self.names)):
+            loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
+            learned = self.selected_accuracies(share, model, range(t + 1))
+            matrix.append(learned + self.base_accuracies[t + 1 :])
+            report(method, t, loss, learned)
+        return model, task_by_task(matrix, trained, num_parameters(share))
 
     @torch.no_grad()
     def share_routed(self, share, model):
         """The Router picks the task of each prompt: of all tasks, and some with a key in clear."""
         body = copy.deepcopy(self.base)
-        body.head = nn.Identity()  # features: the base's hidden state, averaged over the prompt
-        features = {}
+        body.head = nn.Identity()  # its output is then the hidden state
+
+        def routed_accuracy(batch):
+            tokens, _ = batch
+            share.select(router.route(body(tokens).mean(1)))  # for each prompt a task, or the base
+            return accuracy(model, batch)
+
+        features = {}  # the hidden state, averaged over the prompt
         for t, name in enumerate(self.names):
-            tokens = torch.cat([tokens for tokens, _ in self.batches(t, 8)])
+            tokens = torch.cat([tokens for tokens, _ in self.batches(t, steps=8)])
             features[name] = body(tokens).mean(1)
         router = Router.fit(features)
-        accuracies = []
-        for tokens, answers in [*self.tests, self.clear_test]:
-            share.select(router.route(body(tokens).mean(1)))  # a task or None for each prompt
-            accuracies.append(accuracy(model, (tokens, answers)))
-        in_clear = accuracies.pop()
-        report("share_routed", f"accuracy {mean(accuracies):.3f}, key in clear {in_clear:.3f}")
         stored = num_parameters(share) + router.means.numel() + router.scale.numel()
-        base_kept = in_clear / accuracy(self.base, self.clear_test)
-        return table_row(accuracies, None, stored) | {"base_kept": base_kept}
+        accuracies = [routed_accuracy(test) for test in self.tests]
+        base_kept = routed_accuracy(self.clear_test) / accuracy(self.base, self.clear_test)
+        return at_once("share_routed", accuracies, None, stored) | {"base_kept": base_kept}
+
+    def share_average(self, share, model):
+        """The mean of all tasks' ΔW."""
+        average(share, self.names, "average")
+        share.select("average")
+        stored = num_basis_parameters(share) + num_parameters(share, "average")
+        return at_once("share_average", self.accuracies(model), None, stored)
 
     def share_general(self, share, model):
-        """One set of coefficients, trained on the mixture of all tasks."""
+        """One set of coefficients, trained on all tasks at once."""
         s = self.s
-        mixture = self.batches(None, s.joint_steps)
         settings = dict(p=s.general_p, lr=s.lr, seed=s.seed)
-        losses = train_coefficients(share, model, "general", mixture, loss_fn, **settings)
+        mixture = self.mixed_batches(s.joint_steps)
+        train_coefficients(share, model, "general", mixture, loss_fn, **settings)
         share.select("general")
-        accuracies = self.accuracies(model)
-        report_task("share_general", len(accuracies) - 1, losses[-1], accuracies)
         trained = num_parameters(share, "general")
-        return table_row(accuracies, trained, num_basis_parameters(share) + trained)
+        stored = num_basis_parameters(share) + trained
+        return at_once("share_general", self.accuracies(model), trained, stored)
 
 
 def random_bases(share, seed):
@@ -306,7 +336,7 @@ def random_bases(share, seed):
     torch.manual_seed(seed)
     for layer, bases in share.bases.items():
         share.bases[layer] = tuple(torch.linalg.qr(torch.randn_like(basis)).Q for basis in bases)
-    for name in share.tasks:
+    for name in list(share.tasks):
         share.remove(name)
     return share
 
@@ -334,52 +364,60 @@ def metrics(matrix):
     return {"accuracy_matrix": matrix, "acc": mean(last), "bwt": bwt, "forgetting": forgetting}
 
 
-def table_row(accuracies, trained, stored):
-    """Accuracies at the end, numbers trained for the last task, numbers stored for all."""
-    # Where tasks are learned one by one, `metrics` take the place of what is None here.
-    scores = {"accuracy_matrix": None, "acc": mean(accuracies), "bwt": None, "forgetting": None}
+def task_by_task(matrix, trained, stored):
+    """A row of the table where tasks are learned one by one, see `metrics`.
+
+    trained: numbers, for the last task. stored: numbers, for all tasks.
+    """
+    return {**metrics(matrix), "trained_per_task": trained, "stored": stored}
+
+
+def at_once(method, accuracies, trained, stored):
+    """A row of the table where nothing is learned one by one; prints its accuracy."""
+    acc = mean(accuracies)
+    print_progress(method, f"accuracy {acc:.3f}")
+    scores = {"accuracy_matrix": None, "acc": acc, "bwt": None, "forgetting": None}
     return {**scores, "trained_per_task": trained, "stored": stored}
 
 
-def report(method, text):
+def report(method, t, loss, learned):
+    """Print a line after task t. learned: its accuracy, behind those of earlier tasks, if any."""
+    line = f"task {t:2d}  loss {loss:.3f}  accuracy {learned[-1]:.3f}"
+    if len(learned) > 1:
+        line += f"  earlier tasks {mean(learned[:-1]):.3f}"
+    print_progress(method, line)
+
+
+def print_progress(method, text):
     print(f"{time.perf_counter() - START:6.1f} s  {method:16}{text}", flush=True)
-
-
-def report_task(method, t, loss, accuracies):
-    """A line of progress. accuracies: of task t, last, and of earlier tasks if these may move."""
-    line = f"task {t:2d}  loss {loss:.3f}  accuracy {accuracies[-1]:.3f}"
-    if len(accuracies) > 1:
-        line += f"  earlier tasks {mean(accuracies[:-1]):.3f}"
-    report(method, line)
 
 
 def compare(s, everything=False):
     """The table of one seed: {method: row}."""
     e = Experiment(s)
-    rows = {"base": table_row(e.base_accuracies, None, 0)}
+    rows = {"base": at_once("base", e.base_accuracies, None, 0)}
     adapters, rows["lora_per_task"] = e.lora_per_task("lora_per_task", s.r, s.lora_lr)
     _, rows["lora_r1"] = e.lora_per_task("lora_r1", 1, s.lora_r1_lr)
     rows["lora_sequential"] = e.lora_sequential()
-    # Share starts when the first tasks have been learned as LoRA adapters. So LoRA's first rows
-    # open its matrix, too, and what the bases then lose of these tasks counts as forgetting.
+    # Phase 1: when the first tasks have been learned as LoRA adapters, Share starts. So LoRA's
+    # first rows open its matrix, too, and what the bases then lose of these counts as forgetting.
     basis_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(basis_adapters, variance=s.variance, stack=s.stack)
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
+    # Phase 2: it learns the later tasks.
     share = copy.deepcopy(built)
     model, rows["share"] = e.learn_tasks("share", share, first_rows)
     if not everything:
         return rows
+    # Others that learn all tasks, each from its own start.
     rows["lora_joint"] = e.lora_joint()
     for method, grow in (("share_merge", False), ("share_grow", True)):
         merging = copy.deepcopy(built)
         _, rows[method] = e.learn_tasks(method, merging, first_rows, phi=1, grow=grow)
     _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, s.seed), [])
-    # The last three use what `share` has learned; the latter two add a task to it.
+    # Uses of the share that now has all tasks; the latter two add one to it.
     rows["share_routed"] = e.share_routed(share, model)
-    average(share, e.names, "average")
-    share.select("average")
-    stored = num_basis_parameters(share) + num_parameters(share, "average")
-    rows["share_average"] = table_row(e.accuracies(model), None, stored)
+    rows["share_average"] = e.share_average(share, model)
     rows["share_general"] = e.share_general(share, model)
     return rows
 
@@ -412,13 +450,16 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """From how many tasks on Share, learning on by coefficients, stores less than one LoRA each."""
+    """From how many tasks on Share stores less than one `other` each; tasks after `first` have p.
+
+    For n tasks Share stores overhead + n * each, and the other n * (the numbers that one trains).
+    """
     share = methods["share"]
     each = share["trained_per_task"]
     # Bases, and what the first tasks' coefficients of rank r have beyond those of a later task.
-    fixed = share["stored"] - each * len(share["accuracy_matrix"])
+    overhead = share["stored"] - each * len(share["accuracy_matrix"])
     saved_by_each = methods[other]["trained_per_task"] - each
-    return max(first, fixed // saved_by_each + 1)
+    return max(first, overhead // saved_by_each + 1)
 
 
 def spread(values, digits):
@@ -446,31 +487,40 @@ def print_table(runs, first):
 
 # --- Ablations, costs, the picture
 def sweep(s):
-    """What variance, stack and p make of the first tasks and of two new ones; what phi is for."""
+    """The ablations."""
     e = Experiment(s)
     adapters, _ = e.lora_per_task("lora_per_task", s.r, s.lora_lr, s.first)
     new = range(s.first, s.first + 2)
+    sweep_bases(e, adapters, new)
+    sweep_phi(e, adapters, new)
+
+
+def sweep_bases(e, adapters, new):
+    """What variance, stack and p make of the first tasks, and of two new ones."""
     print("\nfirst: accuracy of the first tasks, at rank r in the bases; new: of two learned at p")
     print("variance  stack       k  p  trained  first    new  random")
     for variance, stack, p in itertools.product((0.6, 0.9), ("factors", "updates"), (1, 4)):
         share = Share.from_adapters(adapters, variance=variance, stack=stack)
         k = mean([basis.shape[1] for bases in share.bases.values() for basis in bases])
         model = share.attach(copy.deepcopy(e.base))
-        of_first = mean(e.selected_accuracies(share, model, range(s.first)))
+        of_first = mean(e.selected_accuracies(share, model, range(len(adapters))))
         of_new, trained = learn_new(e, share, new, p)
-        of_random, _ = learn_new(e, random_bases(share, s.seed), new, p)
+        of_random, _ = learn_new(e, random_bases(share, e.s.seed), new, p)
         line = f"{variance:8}  {stack:7}{k:6.1f} {p:2} {trained:8} {of_first:6.3f}"
         print(f"{line} {of_new:6.3f} {of_random:7.3f}", flush=True)
+
+
+def sweep_phi(e, adapters, new):
+    """What phi is for: bases from few tasks, then two new ones."""
     print("\nnew: accuracy of two new tasks, with bases from some")
     print("from  phi  merge       new  trained   stored")
-    ways = [(0, "none"), *itertools.product((1, 2, 4), ("paper's", "grow"))]
-    counts = [count for count in (1, 2, 4) if count <= s.first]
-    for count, (phi, merge) in itertools.product(counts, ways):
-        some = {name: adapters[name] for name in e.names[:count]}
-        share = Share.from_adapters(some, variance=s.variance, stack=s.stack)
-        of_new, trained = learn_new(e, share, new, s.p, phi, grow=merge == "grow")
-        line = f"{count:4} {phi:4}  {merge:8} {of_new:6.3f} {trained:8}"
-        print(f"{line} {num_parameters(share):8}", flush=True)
+    for count in [count for count in (1, 2, 4) if count <= len(adapters)]:
+        for phi, merge in ((0, "none"), *itertools.product((1, 2, 4), ("paper's", "grow"))):
+            some = {name: adapters[name] for name in e.names[:count]}
+            share = Share.from_adapters(some, variance=e.s.variance, stack=e.s.stack)
+            of_new, trained = learn_new(e, share, new, e.s.p, phi, grow=merge == "grow")
+            line = f"{count:4} {phi:4}  {merge:8} {of_new:6.3f} {trained:8}"
+            print(f"{line} {num_parameters(share):8}", flush=True)
 
 
 def learn_new(e, share, tasks, p, phi=0, grow=True):
@@ -484,11 +534,13 @@ def learn_new(e, share, tasks, p, phi=0, grow=True):
 def scaling(seed, counts, n=1024, r=8):
     """What building and a merge cost for so many tasks, beside the published way."""
     torch.manual_seed(seed)
-    spans = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in "BA"]
+    B_span, A_span = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in range(2)]
 
-    def new_adapter():  # in 32 directions that all tasks share, and noise
-        B, A_T = [span @ torch.randn(32, r) + 0.02 * torch.randn(n, r) for span in spans]
-        return Adapter({"0": (B, A_T.T)})
+    def noisy(span):  # r directions in the 32 that all tasks share, and noise
+        return span @ torch.randn(32, r) + 0.02 * torch.randn(n, r)
+
+    def new_adapter():
+        return Adapter({"0": (noisy(B_span), noisy(A_span).T)})
 
     print(f"one layer of {n} × {n}, adapters of rank {r}; numbers stored with p = 1")
     print("tasks   build s  load+merge ms  published ms   ratio   stored       apart")
@@ -497,16 +549,16 @@ def scaling(seed, counts, n=1024, r=8):
         for tasks in counts:
             adapters = {f"task {i}": new_adapter() for i in range(tasks)}
             build = seconds(1, Share.from_adapters, adapters)
-            stored = num_parameters(Share.from_adapters(adapters, p=1))
             Share.from_adapters(adapters).save(path)
             merge = 1000 * seconds(5, load_and_merge, path, new_adapter())
             published = 1000 * seconds(1, load_and_merge_as_published, path, new_adapter())
+            stored = num_parameters(Share.from_adapters(adapters, p=1))
             print(f"{tasks:5} {build:9.2f} {merge:14.1f} {published:13.1f}", end="")
             print(f" {published / merge:7.1f} {stored:8,} {2 * tasks * n * r:11,}", flush=True)
 
 
 def seconds(times, function, *arguments):
-    """The median of so many runs."""
+    """The median time of so many calls."""
     return median(timeit.repeat(lambda: function(*arguments), number=1, repeat=times))
 
 
@@ -515,15 +567,18 @@ def load_and_merge(path, adapter):
 
 
 def load_and_merge_as_published(path, adapter):
-    """Phase 3: rebuild every adapter, stack them, SVD, project. Returns all coefficients."""
+    """Phase 3 as published: rebuild every adapter, stack, SVD, project. Returns coefficients."""
     share = Share.load(path)
     pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
+    B_stack = torch.cat([B for B, _ in pairs], dim=1)
+    A_stack = torch.cat([A for _, A in pairs]).T
     coefficients = []
-    for stack in (torch.cat([B for B, _ in pairs], 1), torch.cat([A for _, A in pairs]).T):
-        U, S, _ = torch.linalg.svd(stack - stack.mean(1, keepdim=True), full_matrices=False)
+    for stack in (B_stack, A_stack):
+        centred = stack - stack.mean(1, keepdim=True)
+        U, S, _ = torch.linalg.svd(centred, full_matrices=False)
         explained = S.square().cumsum(0)
         k = 1 + int((explained < share.variance * explained[-1]).sum())
-        coefficients.append(U[:, :k].T @ stack)
+        coefficients.append(U[:, :k].T @ stack)  # the paper projects the factors as they are
     return coefficients
 
 
@@ -538,7 +593,7 @@ def svg(methods, seed):
     page = [head, f"<style>{style}</style>"]
     for left, name, title in ((60, "lora_sequential", "One LoRA"), (380, "share", "Share")):
         row = methods[name]
-        scores = f"ACC {row['acc']:.2f}, forgetting {abs(row['forgetting']):.2f}"
+        scores = f"ACC {row['acc']:.2f}, forgetting {spread([row['forgetting']], 2)}"
         below = top + side + 22
         page.append(text.format(x=left, y=top - 32, turn=0, words=f"{title}, seed {seed}"))
         page.append(text.format(x=left, y=top - 12, turn=0, words=scores))
@@ -650,10 +705,12 @@ def peft_targets(adapter):
     targets = adapter.config.get("target_modules") or []
     if isinstance(targets, set):  # as LoraConfig.to_dict() has it
         targets = sorted(targets)
-    pattern = targets  # or "all-linear", which is the name of no layer
-    if not isinstance(targets, str):  # but names, or their endings
-        pattern = rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
-    if all(re.fullmatch(pattern, layer) for layer in adapter.factors):
+    if isinstance(targets, str):  # one pattern, or "all-linear", which is the name of no layer
+        named = [layer for layer in adapter.factors if re.fullmatch(targets, layer)]
+    else:
+        endings = tuple(f".{target}" for target in targets)
+        named = [layer for layer in adapter.factors if f".{layer}".endswith(endings)]
+    if len(named) == len(adapter.factors):
         return targets
     return "|".join(map(re.escape, adapter.factors))
 
