@@ -1,10 +1,11 @@
 """Share and LoRA at work. The method itself is share.py; here it is only called.
 
-    phase 1, bases from the first tasks' LoRA adapters      compare
-    phase 2, coefficients for each later task               Experiment.learn_task
-    phase 3, a merge after each task, if phi > 0            the end of the same block
+    phase 1  bases from the first tasks' LoRA adapters   Share.from_adapters, called in compare
+    phase 2  coefficients for each later task            the block in Experiment.learn_task
+    phase 3  a merge of the task into the bases          the end of that block, with phi > 0 alone
 
-Behind the claims follow ablations, costs and a picture, then PEFT's files and the Router.
+By default phi is 0, and there is no phase 3; --all has it. The claims end the experiment. After
+them come ablations, costs and a picture, then PEFT's files and the Router.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -71,7 +72,7 @@ class Settings:
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
     # Share, whose rate stays
-    stack: str = "updates"  # the bases are made of, rather than of "factors", see Share
+    stack: str = "updates"  # or "factors", the paper's: see `stack_updates` in share.py
     variance: float = 0.95  # that the bases explain
     p: int = 1  # pseudo-rank: columns of a task's coefficients
     general_p: int = 4  # of the one set for all tasks
@@ -196,7 +197,8 @@ class Experiment:
         tags = [torch.full((s.test,), t) for t in range(len(self.keys))]
         self.tests = [make_batch(generator, self.keys[tag], tag) for tag in tags]
         self.base, self.clear_test = pretrain(s)
-        self.base_accuracies = self.accuracies(self.base)  # of tasks that are still to come
+        # Tasks that are still to come count in a row of the accuracy matrix as on the base.
+        self.base_accuracies = self.accuracies(self.base)
         print_progress("base", f"key in clear: {accuracy(self.base, self.clear_test):.3f}")
 
     def batches(self, t, steps):
@@ -226,7 +228,7 @@ class Experiment:
     def lora_per_task(self, method, r, lr, tasks=None):
         """One LoRA for each of the first `tasks` tasks: the adapters and their row."""
         adapters = {}
-        learned = []  # accuracies: the LoRA of a later task does not change them
+        learned = []  # accuracy of each task with its LoRA, which later tasks do not change
         matrix = []
         for t, name in enumerate(self.names[:tasks]):
             model = self.new_lora(f"{method} {t}", r)
@@ -254,19 +256,21 @@ class Experiment:
         s = self.s
         model = self.new_lora("lora_joint", s.r)
         _, trained = fit(model, self.mixed_batches(s.joint_steps), s.lora_lr)
-        return at_once("lora_joint", self.accuracies(model), None, trained)
+        return at_once("lora_joint", self.accuracies(model), trained=None, stored=trained)
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Phase 2 for task t, and with phi > 0 phase 3: its merge is at the end of the block.
+        """Phase 2 for task t, with phi > 0 also phase 3. Returns the last loss, numbers trained.
 
-        phi: temporary columns of the bases. grow: the merge is ours, which adds to the bases, or
-        the paper's. Returns the last loss and how many numbers were trained.
+        p: columns of the coefficients. phi: temporary columns of the bases. grow: the merge is
+        ours, which adds to the bases, or the paper's, which makes new ones; with phi = 0 is none.
         """
-        batches = self.batches(t, self.s.steps)
-        seed = 100 * self.s.seed + t
+        s = self.s
+        seed = 100 * s.seed + t
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
-            # In the block the base is frozen, and the task's coefficients alone require gradients.
-            return fit(model, batches, self.s.lr, last_lr=self.s.lr)
+            # Here coefficients and temporary columns require gradients, the base and bases do not.
+            result = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
+        # The end of the block has kept the coefficients or, with phi > 0, merged: phase 3.
+        return result
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
@@ -277,13 +281,14 @@ class Experiment:
         return accuracies
 
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
-        """Phase 2 for each task that the share lacks, one after another: the model and the row.
+        """Phases 2 and 3 for each task that the share lacks, in order: the model and the row.
 
-        first_rows: the accuracies after each task that it has, which are the first of all tasks.
+        first_rows: rows of the accuracy matrix for the tasks that it has, the first ones; [] for 0.
         """
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
-        for t in range(len(first_rows), len(self.names)):
+        next_task = len(first_rows)
+        for t in range(next_task, len(self.names)):
             loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
             matrix.append(learned + self.base_accuracies[t + 1 :])
@@ -296,33 +301,38 @@ class Experiment:
         body = copy.deepcopy(self.base)
         body.head = nn.Identity()  # its output is then the hidden state
 
+        def features(tokens):  # the hidden state, averaged over the prompt
+            return body(tokens).mean(1)
+
+        samples = {}
+        for t, name in enumerate(self.names):
+            samples[name] = features(torch.cat([tokens for tokens, _ in self.batches(t, steps=8)]))
+        router = Router.fit(samples)
+
         def routed_accuracy(batch):
             tokens, _ = batch
-            share.select(router.route(body(tokens).mean(1)))  # for each prompt a task, or the base
+            share.select(router.route(features(tokens)))  # for each prompt a task, or None
             return accuracy(model, batch)
 
-        features = {}  # the hidden state, averaged over the prompt
-        for t, name in enumerate(self.names):
-            tokens = torch.cat([tokens for tokens, _ in self.batches(t, steps=8)])
-            features[name] = body(tokens).mean(1)
-        router = Router.fit(features)
         stored = num_parameters(share) + router.means.numel() + router.scale.numel()
         accuracies = [routed_accuracy(test) for test in self.tests]
         base_kept = routed_accuracy(self.clear_test) / accuracy(self.base, self.clear_test)
-        return at_once("share_routed", accuracies, None, stored) | {"base_kept": base_kept}
+        row = at_once("share_routed", accuracies, trained=None, stored=stored)
+        return row | {"base_kept": base_kept}
 
     def share_average(self, share, model):
         """The mean of all tasks' ΔW."""
         average(share, self.names, "average")
         share.select("average")
         stored = num_basis_parameters(share) + num_parameters(share, "average")
-        return at_once("share_average", self.accuracies(model), None, stored)
+        return at_once("share_average", self.accuracies(model), trained=None, stored=stored)
 
     def share_general(self, share, model):
         """One set of coefficients, trained on all tasks at once."""
         s = self.s
         settings = dict(p=s.general_p, lr=s.lr, seed=s.seed)
         mixture = self.mixed_batches(s.joint_steps)
+        # Phase 2, too: this is share.learn and a loop of Adam in one call.
         train_coefficients(share, model, "general", mixture, loss_fn, **settings)
         share.select("general")
         trained = num_parameters(share, "general")
@@ -331,7 +341,7 @@ class Experiment:
 
 
 def random_bases(share, seed):
-    """A share with random orthonormal bases of the same sizes, and no tasks, as none fits."""
+    """A share with random orthonormal bases of the same sizes, without tasks, as none fits."""
     share = copy.deepcopy(share)
     torch.manual_seed(seed)
     for layer, bases in share.bases.items():
@@ -373,7 +383,7 @@ def task_by_task(matrix, trained, stored):
 
 
 def at_once(method, accuracies, trained, stored):
-    """A row of the table where nothing is learned one by one; prints its accuracy."""
+    """A row of the table where tasks are not learned one by one; it also prints the accuracy."""
     acc = mean(accuracies)
     print_progress(method, f"accuracy {acc:.3f}")
     scores = {"accuracy_matrix": None, "acc": acc, "bwt": None, "forgetting": None}
@@ -381,7 +391,7 @@ def at_once(method, accuracies, trained, stored):
 
 
 def report(method, t, loss, learned):
-    """Print a line after task t. learned: its accuracy, behind those of earlier tasks, if any."""
+    """Print a line after task t. learned: accuracies of tasks so far, or of task t alone."""
     line = f"task {t:2d}  loss {loss:.3f}  accuracy {learned[-1]:.3f}"
     if len(learned) > 1:
         line += f"  earlier tasks {mean(learned[:-1]):.3f}"
@@ -395,26 +405,28 @@ def print_progress(method, text):
 def compare(s, everything=False):
     """The table of one seed: {method: row}."""
     e = Experiment(s)
-    rows = {"base": at_once("base", e.base_accuracies, None, 0)}
+    rows = {"base": at_once("base", e.base_accuracies, trained=None, stored=0)}
     adapters, rows["lora_per_task"] = e.lora_per_task("lora_per_task", s.r, s.lora_lr)
     _, rows["lora_r1"] = e.lora_per_task("lora_r1", 1, s.lora_r1_lr)
     rows["lora_sequential"] = e.lora_sequential()
-    # Phase 1: when the first tasks have been learned as LoRA adapters, Share starts. So LoRA's
-    # first rows open its matrix, too, and what the bases then lose of these counts as forgetting.
+    # Phase 1: bases from the LoRA adapters of the first tasks.
     basis_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(basis_adapters, variance=s.variance, stack=s.stack)
+    # These tasks were learned as LoRA, so LoRA's rows begin Share's accuracy matrix. What the bases
+    # lose of the tasks then counts as forgetting.
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
-    # Phase 2: it learns the later tasks.
+    # Phase 2: coefficients for each later task.
     share = copy.deepcopy(built)
     model, rows["share"] = e.learn_tasks("share", share, first_rows)
     if not everything:
         return rows
-    # Others that learn all tasks, each from its own start.
-    rows["lora_joint"] = e.lora_joint()
+    # Phase 3: the same, with temporary columns and a merge after each task, the paper's or ours.
     for method, grow in (("share_merge", False), ("share_grow", True)):
         merging = copy.deepcopy(built)
         _, rows[method] = e.learn_tasks(method, merging, first_rows, phi=1, grow=grow)
+    # For comparison.
     _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, s.seed), [])
+    rows["lora_joint"] = e.lora_joint()
     # Uses of the share that now has all tasks; the latter two add one to it.
     rows["share_routed"] = e.share_routed(share, model)
     rows["share_average"] = e.share_average(share, model)
@@ -450,16 +462,17 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """From how many tasks on Share stores less than one `other` each; tasks after `first` have p.
+    """The least number of tasks, `first` or more, for which Share stores less than one `other` each.
 
-    For n tasks Share stores overhead + n * each, and the other n * (the numbers that one trains).
+    Tasks after the first have p columns: n tasks take overhead + n * each numbers.
     """
     share = methods["share"]
     each = share["trained_per_task"]
     # Bases, and what the first tasks' coefficients of rank r have beyond those of a later task.
     overhead = share["stored"] - each * len(share["accuracy_matrix"])
-    saved_by_each = methods[other]["trained_per_task"] - each
-    return max(first, overhead // saved_by_each + 1)
+    # overhead + n * each < n * others  means  n > overhead / (others - each)
+    others = methods[other]["trained_per_task"]
+    return max(first, overhead // (others - each) + 1)
 
 
 def spread(values, digits):
@@ -496,7 +509,11 @@ def sweep(s):
 
 
 def sweep_bases(e, adapters, new):
-    """What variance, stack and p make of the first tasks, and of two new ones."""
+    """How the bases are made (variance, stack), and how many columns p a new task has.
+
+    k: directions of a basis, on average. first: accuracy of the first tasks, projected onto the
+    bases. new: of two more, learned with p columns. random: of these two in random bases.
+    """
     print("\nfirst: accuracy of the first tasks, at rank r in the bases; new: of two learned at p")
     print("variance  stack       k  p  trained  first    new  random")
     for variance, stack, p in itertools.product((0.6, 0.9), ("factors", "updates"), (1, 4)):
@@ -511,11 +528,14 @@ def sweep_bases(e, adapters, new):
 
 
 def sweep_phi(e, adapters, new):
-    """What phi is for: bases from few tasks, then two new ones."""
+    """What phi is for: bases from few tasks, then two new tasks with and without a merge."""
     print("\nnew: accuracy of two new tasks, with bases from some")
     print("from  phi  merge       new  trained   stored")
-    for count in [count for count in (1, 2, 4) if count <= len(adapters)]:
-        for phi, merge in ((0, "none"), *itertools.product((1, 2, 4), ("paper's", "grow"))):
+    ways = [(0, "none"), *itertools.product((1, 2, 4), ("paper's", "grow"))]
+    for count in (1, 2, 4):
+        if count > len(adapters):  # as with --quick
+            break
+        for phi, merge in ways:
             some = {name: adapters[name] for name in e.names[:count]}
             share = Share.from_adapters(some, variance=e.s.variance, stack=e.s.stack)
             of_new, trained = learn_new(e, share, new, e.s.p, phi, grow=merge == "grow")
@@ -532,7 +552,10 @@ def learn_new(e, share, tasks, p, phi=0, grow=True):
 
 
 def scaling(seed, counts, n=1024, r=8):
-    """What building and a merge cost for so many tasks, beside the published way."""
+    """Times of phase 1 and of a merge, and numbers stored, for so many tasks.
+
+    published: time of the merge as published. apart: numbers of the adapters themselves.
+    """
     torch.manual_seed(seed)
     B_span, A_span = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in range(2)]
 
@@ -553,8 +576,9 @@ def scaling(seed, counts, n=1024, r=8):
             merge = 1000 * seconds(5, load_and_merge, path, new_adapter())
             published = 1000 * seconds(1, load_and_merge_as_published, path, new_adapter())
             stored = num_parameters(Share.from_adapters(adapters, p=1))
+            apart = tasks * 2 * n * r
             print(f"{tasks:5} {build:9.2f} {merge:14.1f} {published:13.1f}", end="")
-            print(f" {published / merge:7.1f} {stored:8,} {2 * tasks * n * r:11,}", flush=True)
+            print(f" {published / merge:7.1f} {stored:8,} {apart:11,}", flush=True)
 
 
 def seconds(times, function, *arguments):
@@ -563,11 +587,12 @@ def seconds(times, function, *arguments):
 
 
 def load_and_merge(path, adapter):
+    """Phase 3 as in share.py."""
     Share.load(path).merge({"new": adapter})
 
 
 def load_and_merge_as_published(path, adapter):
-    """Phase 3 as published: rebuild every adapter, stack, SVD, project. Returns coefficients."""
+    """Phase 3 as published: rebuild all adapters, SVD anew, project. For its time alone."""
     share = Share.load(path)
     pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
     B_stack = torch.cat([B for B, _ in pairs], dim=1)
@@ -630,14 +655,8 @@ def load_peft(directory):
         tensors = safetensors.torch.load(raw)
     except (ValueError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{directory} is damaged: {error}") from None
-    says = {name: config[name] for name in PEFT_VARIANTS.split() if config.get(name)}
-    if config.get("peft_type") != "LORA":
-        says["peft_type"] = config.get("peft_type")
-    if config.get("init_lora_weights") not in PEFT_STARTS:
-        says["init_lora_weights"] = config["init_lora_weights"]
-    if says:
-        raise ValueError(f"{directory} is no plain LoRA on an unchanged model: {says}")
-    extras = dict(tensors)
+    check_plain_lora(config, directory)
+    extras = dict(tensors)  # in the end what is no A or B: heads, biases
     factors = {}
     for name, A in tensors.items():
         factor = re.fullmatch(r"base_model\.model\.(.+)\.lora_A(\.default)?\.weight", name)
@@ -650,13 +669,26 @@ def load_peft(directory):
             dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
             scaling = peft_scaling(config, layer, len(A), directory)
             factors[layer] = B.to(dtype) * scaling, A.to(dtype)
-    heads = [module.split(".")[-1] for module in config.get("modules_to_save") or []]
-    for name in extras:
-        if any(part.startswith("lora_") and part not in heads for part in name.split(".")):
-            raise ValueError(f"{directory}: {name!r} is no base_model.model.LAYER.lora_A/B.weight")
     if not factors:
         raise ValueError(f"{directory} has no LoRA weights")
+    # A head may be called lora_head; any other lora_… is a part of something that we do not know.
+    heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
+    for name in extras:
+        parts = {part for part in name.split(".") if part.startswith("lora_")}
+        if parts - heads:
+            raise ValueError(f"{directory}: {name!r} is no base_model.model.LAYER.lora_A/B.weight")
     return Adapter(factors, extras, config)
+
+
+def check_plain_lora(config, directory):
+    """ValueError, with what the config says, unless ΔW is scaling B A and W0 is unchanged."""
+    says = {name: config[name] for name in PEFT_VARIANTS.split() if config.get(name)}
+    if config.get("peft_type") != "LORA":
+        says["peft_type"] = config.get("peft_type")
+    if config.get("init_lora_weights") not in PEFT_STARTS:
+        says["init_lora_weights"] = config["init_lora_weights"]
+    if says:
+        raise ValueError(f"{directory} is no plain LoRA on an unchanged model: {says}")
 
 
 def peft_scaling(config, layer, r, directory):
@@ -675,8 +707,8 @@ def peft_scaling(config, layer, r, directory):
 def save_peft(adapter, directory):
     """Write an Adapter for PEFT, every layer at the largest rank, padded with zeros.
 
-    Of its config scaling, initialisation and a choice of layers that lacks some are not kept.
-    ValueError, with nothing written, for a config that JSON cannot hold.
+    In its config change the scaling, which B has, the initialisation, and the choice of layers if
+    it lacks some. ValueError, with nothing written, for a config that JSON cannot hold.
     """
     directory = Path(directory)
     r = max(len(A) for _, A in adapter.factors.values())
@@ -720,7 +752,8 @@ def peft_targets(adapter):
 class Router:
     """Picks the task: the nearest class mean, or the base (None) when none is near (radius).
 
-    Distances are Mahalanobis': features (N, f) @ scale (f, f) have covariance 1 within a task.
+    Distances are Mahalanobis': within a task, features (N, f) @ scale (f, f) have the identity as
+    their covariance.
     """
 
     tasks: list[str]
@@ -733,28 +766,31 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-        Near is half-way between where 98 % are to their own mean and where 2 % are to another
-        task's; the former alone where these overlap or there is one task.
+        own     98 % of the samples are this near to the mean of the others of their task
+        others  98 % of the samples are this far, or farther, from the mean of each other task
+        radius  half-way between, but own at least; own if there is one task
         """
         for task, x in features.items():
             if x.dim() != 2 or len(x) < 2 or not x.isfinite().all():
-                raise ValueError(f"task {task!r}: features {tuple(x.shape)} are no (N >= 2, f)")
+                size = tuple(x.shape)
+                raise ValueError(f"task {task!r}: features {size} are not finite, (N >= 2, f)")
         samples = [x.double() for x in features.values()]
-        # This is how far each sample is from the mean of the others of its task.
+        # (x - mean) N / (N - 1) is x less the mean of the others: no sample judges itself.
         residuals = torch.cat([(x - x.mean(0)) * len(x) / (len(x) - 1) for x in samples])
         covariance = residuals.T @ residuals / len(residuals)
         diagonal = covariance.diagonal().clamp_min(1e-6 * covariance.max() + 1e-30)
         covariance = covariance.lerp(diagonal.diag(), 0.1)  # or directions seen by few look certain
         scale = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
         means = torch.stack([x.mean(0) for x in samples]) @ scale
-        radius = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
+        own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
+        radius = own
         if len(samples) > 1:
-            to_others = []
+            nearest = []
             for i, x in enumerate(samples):
                 other_means = torch.cat([means[:i], means[i + 1 :]])
-                to_others.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
-            other_radius = torch.quantile(torch.cat(to_others), 0.02)
-            radius = torch.maximum(radius, (radius + other_radius) / 2)
+                nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
+            others = torch.quantile(torch.cat(nearest), 0.02)
+            radius = torch.maximum(own, (own + others) / 2)
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -768,7 +804,8 @@ class Router:
 
 def average(share, tasks, name, p=None):
     """A new task: the best rank-p fit to the mean of the tasks' ΔW (p None: all of it)."""
-    # not of coefficients one by one: (B, A) and (-B, -A) are the same ΔW
+    # The mean of coefficients would be wrong: (B, A) and (-B, -A) are the same ΔW. Of the ΔW it is
+    # [B1 B2 …] / n times [A1; A2; …] = (B1 A1 + B2 A2 + …) / n.
     adapters = [share.reconstruct(task) for task in tasks]
     factors = {}
     for layer in share.layers:
