@@ -72,14 +72,13 @@ class ShareLinear(nn.Linear):
     def forward(self, input):
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
-        if isinstance(task, tuple):  # ours: another task, or None, for each sample
-            delta_x = mixed_batch(self.share, self.layer, task, input)
-        else:
-            factors = self.share.factors(self.layer, task)
-            if factors is None:  # no task, or one that leaves this layer alone
-                return h
-            B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
-            delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
+        if isinstance(task, tuple):  # ours: another task for each sample
+            return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
+        factors = self.share.factors(self.layer, task)
+        if factors is None:  # no task, or one that leaves this layer alone
+            return h
+        B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
+        delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
         return (h + delta_x).to(h.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
 
 
@@ -112,18 +111,20 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     return share
 
 
-def build_layer(pairs, variance, k=None, stacking="factors", at_least=(0, 0)):
+def build_layer(pairs, variance, k=None, stacking="factors"):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}, the two sides of ΔW, each as columns.
     """
-    centred = stacking == "factors"
-    # 1. Put the factors of all tasks side by side. 2. Take the main directions of these columns.
-    beta = build_basis(side_by_side(pairs, 0, stacking), variance, k, centred, at_least[0])
-    alpha = build_basis(side_by_side(pairs, 1, stacking), variance, k, centred, at_least[1])
+    bases = []
+    for side in (0, 1):  # the B's give beta, the A^T's give alpha
+        # 1. Put the factors of all tasks side by side.
+        stack = side_by_side(pairs, side, stacking)
+        # 2. Take the main directions of these columns.
+        bases.append(build_basis(stack, variance, k, centred=stacking == "factors"))
     # 3. Project the factors of each task onto the bases.
-    coefficients = {task: project((beta, alpha), pair) for task, pair in pairs.items()}
-    return (beta, alpha), coefficients
+    coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
+    return tuple(bases), coefficients
 
 
 def side_by_side(pairs, side, stacking):
@@ -133,69 +134,31 @@ def side_by_side(pairs, side, stacking):
     return torch.cat([pair[side] for pair in pairs.values()], dim=1)
 
 
-def build_basis(stack, variance=0.6, k=None, centred=True, at_least=0):
+def build_basis(stack, variance=0.6, k=None, centred=True):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    The paper's: centred, as many as explain `variance`, see `centred_basis`. Ours, not centred:
-    k         so many, if there are; variance and at_least then play no part
-    centred   False: as many as explain `variance`, for `stack_updates`, whose mean says nothing
-    at_least  if `variance` gives fewer, so many in their place
+    As many as explain `variance`. Ours: k, so many, if there are, of the stack as it is; and
+    centred=False, those that explain `variance` of the stack as it is, for `stack_updates`.
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
-    check_numbers(variance, k=k)
-    if stack.dim() != 2 or stack.shape[1] == 0 or not stack.isfinite().all():
-        raise ValueError(f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite numbers")
-    X = stack.double()
-    floor = ROUNDING * X.norm()
-    if k is not None:  # ours
-        basis = main_directions(X, floor, k=k)
-    elif centred:  # the paper's
-        basis = centred_basis(X, floor, variance)
-    else:  # ours
-        basis = main_directions(X, floor, variance)
-    if k is None and basis.shape[1] < at_least:  # ours, for a merge
-        basis = main_directions(X, floor, k=at_least)
+    X = check_stack(stack, variance, k).double()
+    # 1. Subtract the mean column.
+    mean = X.mean(dim=1, keepdim=True)
+    if k is not None or not centred:  # ours: as it is
+        mean = torch.zeros_like(mean)
+    # 2. Take the first left singular vectors, the fewest that explain the variance.
+    rounding = ROUNDING * X.norm()
+    basis = main_directions(X - mean, variance, k, rounding)
+    # 3. Ours: projection does not subtract the mean, so the basis needs its direction, too. As m
+    #    equal columns the mean has this singular value outside the basis.
+    outside = outside_of(basis, mean).norm() * X.shape[1] ** 0.5
+    if outside > rounding:
+        basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
-def centred_basis(X, floor, variance):
-    """The paper's basis (n, k) of a stack X (n, m), mostly with one direction more."""
-    # 1. Subtract the mean column.
-    mean = X.mean(dim=1, keepdim=True)
-    # 2. Take the fewest left singular vectors that explain the variance.
-    basis = main_directions(X - mean, floor, variance)
-    # 3. Ours: give the direction of the mean back, as what is projected has it. Rounding does not
-    #    count: 1e-6 of a typical column.
-    if outside_of(basis, mean).norm() > floor / X.shape[1] ** 0.5:
-        basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
-    return basis
-
-
-def main_directions(X, floor, variance=1.0, k=None):
-    """The first left singular vectors (n, k) of X (n, m): k, or the fewest that explain `variance`.
-
-    Singular values up to floor are rounding and do not count.
-    """
-    # 1. The singular values of X = U S V^T. This is 1.7 to 8 times faster than torch.linalg.svd and
-    #    has errors of 1e-8 of the largest one.
-    tall = X.shape[0] > X.shape[1]
-    gram = X.T @ X if tall else X @ X.T  # V S² V^T, or U S² U^T
-    squares, vectors = torch.linalg.eigh(gram)  # the smallest first
-    S = squares.flip(0).clamp_min(0).sqrt()
-    S = S[floor < S]
-    # 2. How many: those that fall short of the variance, and one more.
-    if k is None:
-        explained = S.square().cumsum(0) / S.square().sum()  # by the first, the first two, …
-        k = 1 + int((explained < variance - 1e-13).sum())  # 1e-13: the sums are rounded
-    # 3. Their vectors.
-    vectors = vectors.flip(1)[:, : min(k, len(S))]
-    if tall:  # of V so far: X V = U S has orthogonal columns, and QR gives them norm 1
-        vectors = torch.linalg.qr(X @ vectors).Q
-    return vectors
-
-
 def project(bases, pair):
-    """eps_beta = beta^T B (kβ, r) and eps_alpha = alpha^T A^T (kα, r), of any two such columns.
+    """The coefficients of a pair (B, A^T): eps_beta = beta^T B, and eps_alpha = alpha^T A^T.
 
     It is the paper's (beta^T beta)^-1 beta^T B, as beta^T beta = 1.
     """
@@ -205,40 +168,6 @@ def project(bases, pair):
 
 
 # --- Phase 2: train the coefficients of a new task
-@contextlib.contextmanager
-def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False, grow=True):
-    """Phase 2 for any training loop: what the block trains becomes the task's coefficients.
-
-        with share.learn(model, "three") as parameters:
-            my_loop(model)  # as in `train_coefficients`, or a Trainer, …
-        share.select("three")
-
-    In the block the task is selected, and its parameters are all of the model that requires
-    gradients. Make the optimizer (with a rate near 1e-2), a Trainer and any wrapper inside it.
-    p: columns of the coefficients. phi: temporary columns of the bases, fewer than the largest k.
-    sigma, seed: of the random start. grow: the merge after phi > 0 is ours, which loses nothing, or
-    the paper's. finetune (ours): train an existing task on, with phi = 0.
-    ValueError if nothing has moved; then, as after any exception, nothing is kept.
-    """
-    # 1. Start from random coefficients and, if phi > 0, random temporary columns.
-    start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
-    trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
-    # 2. The caller trains these. All else is frozen, see `_training`, and layers compute
-    #    h = W0 x + B A x with B, A = learned_factors(bases, trained[layer]).
-    with share._training(model, task, trained):
-        yield [tensor for parameters in trained.values() for tensor in parameters.values()]
-    # 3. Leave out layers that the loss never reached: they have their random start.
-    ends = moved_layers(task, start, trained)
-    factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-    # 4. Keep the coefficients. Those of temporary columns have no place in the bases: merge B A.
-    if phi == 0:
-        share._keep(task, factors, ends)
-    elif grow:  # ours: nothing of the task is lost
-        share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
-    else:  # the paper's
-        share.merge({task: Adapter(factors)})
-
-
 def start_layer(bases, p, phi, sigma, generator):
     """Where a new task starts in one layer: an nn.ParameterDict, see `learned_factors`.
 
@@ -257,10 +186,10 @@ def start_layer(bases, p, phi, sigma, generator):
 
 
 def learned_factors(bases, parameters):
-    """LoRA's B and A of a task that is being learned.
+    """LoRA's B = [beta, columns_beta] eps_beta of a task that is being learned, and A likewise.
 
     parameters: eps_beta (kβ + phi, p), eps_alpha (kα + phi, p); if phi > 0 the temporary columns
-    beside the frozen bases, columns_beta (n, phi) and columns_alpha (d, phi).
+    columns_beta (n, phi) and columns_alpha (d, phi). The bases are frozen.
     """
     beta, alpha = bases
     # .to: the caller may have cast or moved the model in the block
@@ -285,7 +214,63 @@ def train_coefficients(share, model, task, batches, loss_fn, *, lr=1e-2, **setti
     return losses
 
 
+@contextlib.contextmanager
+def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False, grow=True):
+    """Phase 2 for any training loop: what the block trains becomes the task's coefficients.
+
+        with share.learn(model, "three") as parameters:
+            my_loop(model)  # as in `train_coefficients`, or a Trainer, …
+        share.select("three")
+
+    In the block the task is selected, and its parameters are all of the model that requires
+    gradients. Make the optimizer (with a rate near 1e-2), a Trainer and any wrapper inside it.
+    p: columns of the coefficients. phi: temporary columns of the bases, fewer than the largest k.
+    sigma, seed: of the random start. grow: the merge after phi > 0 is ours, which loses nothing and
+    adds up to min(p, phi) directions to a basis, or the paper's. finetune (ours): train an existing
+    task on, from where it is, with phi = 0. ValueError if nothing has moved; then, as after any
+    exception, nothing is kept.
+    """
+    # 1. Start from random coefficients and, if phi > 0, random temporary columns.
+    start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
+    trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
+    # 2. The caller trains these, and all else is frozen. In the block forward gets its B and A from
+    #    learned_factors(bases, trained[layer]), by way of `Share.factors`: so gradients reach them.
+    with share._training(model, task, trained):
+        yield [tensor for parameters in trained.values() for tensor in parameters.values()]
+    # 3. Take the layers that have moved. Others, which the loss never reached, are at their start.
+    ends = moved_layers(task, start, trained)
+    # 4. Without temporary columns the coefficients fit the bases: keep them.
+    if phi == 0:
+        share._keep(task, ends)
+        return
+    # With them they do not. So B A is a finished adapter: merge it, as phase 3 does.
+    factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
+    if grow:  # ours: nothing of the task is lost
+        share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
+    else:  # the paper's
+        share.merge({task: Adapter(factors)})
+
+
 # --- Phase 3: merge
+def merge_layer(bases, old, new, variance, k, stacking):
+    """Phase 3 for one layer: its new bases, and the coefficients of all tasks in them.
+
+    old: {task: (eps_beta, eps_alpha)} in the bases. new: {task: (B, A^T)}.
+    """
+    beta, alpha = bases
+    # 1. Rebuild the factors of the old tasks.
+    pairs = {}
+    for task, (eps_beta, eps_alpha) in old.items():
+        pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
+    # 2. Put the new ones beside them.
+    pairs.update(new)
+    # 3. Phase 1 again.
+    new_bases, coefficients = build_layer(pairs, variance, k, stacking)
+    if k is None:  # ours: the variance alone often makes a basis smaller, and old tasks fade
+        new_bases, coefficients = not_smaller(bases, new_bases, coefficients, pairs, stacking)
+    return new_bases, coefficients
+
+
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
@@ -304,28 +289,10 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             found = build_layer(new, **rule)
         elif grow:  # ours
             found = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # the paper's: `merge_layer`, below, called with shorter columns
+        else:  # the paper's: the result of `merge_layer`, computed with shorter columns
             found = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         bases[layer], coefficients[layer] = found
     share._store(adapters, bases, coefficients)
-
-
-def merge_layer(bases, old, new, variance, k, stacking):
-    """Phase 3 for one layer: its new bases, and the coefficients of all tasks in them.
-
-    old: {task: (eps_beta, eps_alpha)} in the bases. new: {task: (B, A^T)}.
-    """
-    beta, alpha = bases
-    pairs = {}
-    # 1. Rebuild the factors of the old tasks.
-    for task, (eps_beta, eps_alpha) in old.items():
-        pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
-    # 2. Put the new ones beside them.
-    pairs.update(new)
-    # 3. Phase 1 again. Ours is at_least: by the paper's rule alone a basis often gets smaller, and
-    #    old tasks fade. Where it would, it keeps its size, and is not centred.
-    sizes = beta.shape[1], alpha.shape[1]
-    return build_layer(pairs, variance, k, stacking, at_least=sizes)
 
 
 # --- Part 2, everything else. The share, which the phases fill
@@ -414,13 +381,14 @@ class Share:
         self.selected = names if is_mixed else task
 
     def factors(self, layer, task):
-        """LoRA's (B (n, p), A (p, d)) of a task; None where it, or no task, changes the layer."""
+        """LoRA's (B (n, p), A (p, d)) of a task; None for no task, or where it has no ΔW."""
         if task is None:
             return None
         if task != self.learning:
             self._check_task(task)
-        elif layer in self.trained:  # of the others nothing can be trained
+        elif layer in self.trained:  # in a block of `learn`
             return learned_factors(self.bases[layer], self.trained[layer])
+        # In that block there are layers that it cannot train, too: see `_start`.
         bases, coefficients, _ = self.held  # at once: another thread may merge
         if task not in coefficients[layer]:
             return None
@@ -438,7 +406,7 @@ class Share:
         return Adapter(factors, record["extras"], record["config"])
 
     def retained(self):
-        """{task: ‖ΔW now‖² / ‖ΔW when it was added or learned‖²}, over all layers: 0 to 1."""
+        """{task: ‖ΔW now‖² / ‖ΔW when it was added or learned‖²}, over all layers: 0 to about 1."""
         parts = {}
         for task, record in self.records.items():
             energy = squared_norm(self.reconstruct(task))
@@ -493,7 +461,7 @@ class Share:
 
     # --- Behind learn
     def _start(self, task, p, phi, sigma, seed):
-        """Where a new task starts: {layer: nn.ParameterDict}."""
+        """Where a new task starts: {layer: nn.ParameterDict} of the layers that can be trained."""
         self._check_new_task(task)
         if type(p) is not int or p < 1:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
@@ -505,7 +473,7 @@ class Share:
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
         start = {}
         for layer, (beta, alpha) in self.bases.items():
-            if phi > 0 or min(beta.shape[1], alpha.shape[1]) > 0:  # else nothing can be trained
+            if phi > 0 or min(beta.shape[1], alpha.shape[1]) > 0:  # else a basis is empty
                 start[layer] = start_layer((beta, alpha), p, phi, sigma, generator)
         return start
 
@@ -517,28 +485,26 @@ class Share:
         start = {}
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
+                eps_beta, eps_alpha = self.coefficients[layer][task]
                 start[layer] = nn.ParameterDict()
-                for side, name in enumerate(("eps_beta", "eps_alpha")):
-                    start[layer][name] = self.coefficients[layer][task][side]
+                start[layer]["eps_beta"] = eps_beta  # one by one: this keeps the order of `_start`
+                start[layer]["eps_alpha"] = eps_alpha
         return start
 
     @contextlib.contextmanager
     def _training(self, model, task, trained):
         """For a block, the task is selected and its {layer: nn.ParameterDict} alone can train."""
         self._check_idle()
-        for module in model.modules():  # a wrapper synchronises only the parameters that it knows
-            for cls in type(module).__mro__:
-                if cls.__name__ in WRAPPERS:
-                    raise ValueError(f"the model is in {cls.__name__}: wrap it inside the block")
+        check_unwrapped(model)
         attached = self._attached(model, needed=trained)
         selected = self.selected
-        with frozen(model):
+        with frozen(model):  # first, so that the parameters that come next can train
             try:
                 for layer, parameters in trained.items():
-                    follow_weight(attached[layer])  # moves the bases, and then we the parameters
+                    follow_weight(attached[layer])  # the bases go to the weight's device
                     parameters.to(self.bases[layer][0].device)
-                    attached[layer].learned = parameters  # so model.parameters() lists them
-                self.trained = trained  # so `factors`, which forward asks, forms B and A of them
+                    attached[layer].learned = parameters  # for model.parameters()
+                self.trained = trained  # for `factors`, and so for forward
                 self.learning = task
                 self.selected = task
                 yield
@@ -549,15 +515,16 @@ class Share:
                 for layer in trained:
                     attached[layer]._modules.pop("learned", None)
 
-    def _keep(self, task, factors, ends):
-        """Take in trained coefficients, {layer: end}, whose factors are {layer: (B, A)}."""
-        # `retained` will compare with the whole adapter: after fine-tuning some layers may be as
-        # they were.
+    def _keep(self, task, ends):
+        """Take in trained coefficients, {layer: {"eps_beta", "eps_alpha"}}."""
+        # Fine-tuning may have moved some layers only; the task's record is of the whole adapter.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
-        adapter.factors.update(factors)
+        coefficients = {}
+        for layer, end in ends.items():
+            adapter.factors[layer] = learned_factors(self.bases[layer], end)
+            coefficients[layer] = {task: (end["eps_beta"], end["eps_alpha"])}
         check_adapter(task, adapter, {})  # training may have ended in NaN
-        eps = {layer: {task: (end["eps_beta"], end["eps_alpha"])} for layer, end in ends.items()}
-        self._store({task: adapter}, {}, eps)
+        self._store({task: adapter}, {}, coefficients)
 
     # --- The share's file
     def save(self, path):
@@ -573,8 +540,9 @@ class Share:
         layers = []
         for i, (layer, bases) in enumerate(all_bases.items()):
             held = all_coefficients[layer]
+            # widths[j] is the p of task j, and 0 where it leaves the layer alone
             widths = [held[task][0].shape[1] if task in held else 0 for task in all_records]
-            layers.append((layer, widths))  # width 0: the task leaves the layer alone
+            layers.append((layer, widths))
             for side in (0, 1):
                 columns = [held[task][side] for task in all_records if task in held]
                 if not columns:  # torch.cat takes no empty list
@@ -698,6 +666,26 @@ def squared_norm(adapter):
     return total
 
 
+def main_directions(X, variance, k, rounding):
+    """The first left singular vectors (n, k) of X (n, m): k, or the fewest that explain `variance`.
+
+    Those with a singular value not above rounding are left out.
+    """
+    # 1. X = U S V^T. The smaller of X X^T = U S² U^T and X^T X = V S² V^T gives S, and U or V.
+    #    That is 1.7 to 8 times faster than torch.linalg.svd; errors of S are 1e-8 of the largest.
+    is_tall = X.shape[0] > X.shape[1]
+    squares, vectors = torch.linalg.eigh(X.T @ X if is_tall else X @ X.T)
+    squares, vectors = squares.flip(0), vectors.flip(1)  # the largest first
+    squares = squares[squares > rounding**2]
+    # 2. How many: those that fall short of the variance, and one more.
+    if k is None:
+        explained = squares.cumsum(0) / squares.sum()  # by the first, the first two, …
+        k = 1 + int((explained < variance - 1e-13).sum())  # 1e-13: the sums are rounded
+    vectors = vectors[:, : min(k, len(squares))]
+    # 3. U itself, or V, of which X V = U S: orthogonal columns, to which QR gives norm 1.
+    return torch.linalg.qr(X @ vectors).Q if is_tall else vectors
+
+
 def outside_of(basis, X):
     """The part of X's columns (n, m) that is orthogonal to a basis, in float64."""
     basis = basis.double()
@@ -714,11 +702,11 @@ def best_rank(eps, p):
         return eps
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
-    if len(eps_beta) == 0 or len(eps_alpha) == 0:
-        # An empty basis: ΔW is 0. The SVD would leave no columns, and with none, in a file, a task
-        # does not have the layer.
-        return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
+    if middle.numel() == 0:
+        # A basis is empty, so ΔW is 0. The SVD would leave 0 columns, which `save` writes for a
+        # task that leaves the layer alone.
+        return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -728,18 +716,19 @@ def best_rank(eps, p):
 def stack_updates(pairs, side):
     """Ours: a stack that depends on the tasks' ΔW alone, each of which weighs the same.
 
-    B and A are not unique: (B M)(M^-1 A) is the same ΔW, but B M another stack than B. Here a task
-    has columns C with C C^T = ΔW ΔW^T / ‖ΔW‖² (side 1: ΔW^T ΔW), whatever its B and A. Their signs
-    are arbitrary, so their mean says nothing.
+    B and A are not unique: (B M)(M^-1 A) is the same ΔW, but B M another stack than B. So B (side
+    1: A^T) is replaced by C / ‖C‖ with C C^T = ΔW ΔW^T (side 1: ΔW^T ΔW), the same for any B and A.
+    The signs of C's columns are arbitrary, so their mean says nothing.
     """
     updates = []
     for pair in pairs.values():
-        own, other = pair[side].double(), pair[1 - side].double()  # ΔW, or ΔW^T, is own other^T
-        # With other = Q R: own other^T other own^T = own R^T R own^T = C C^T for C = own R^T.
+        own, other = pair[side].double(), pair[1 - side].double()
+        # ΔW (side 1: ΔW^T) is own other^T. With other = Q R it is own R^T Q^T = C Q^T: C = own R^T
+        # has the same left singular vectors and norm, but r columns.
         R = torch.linalg.qr(other, mode="r").R
         updates.append(own @ R.T)
     norms = torch.stack([update.norm() for update in updates])
-    # One below ROUNDING of the largest may be rounding, and weighs less. 1e-300: all may be 0.
+    # A ΔW far below the largest may be rounding: with this divisor it weighs less. All may be 0.
     norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)
     columns = [update / norm for update, norm in zip(updates, norms, strict=True)]
     dtype = next(iter(pairs.values()))[side].dtype
@@ -747,26 +736,40 @@ def stack_updates(pairs, side):
 
 
 def fast_merge_layer(bases, old, new, **rule):
-    """The result of `merge_layer`, but it sees columns of q numbers, not of n.
+    """The result of `merge_layer`, computed with columns of q numbers in place of n.
 
-    All columns of a merge are combinations of the old basis and the new factors. With an
-    orthonormal basis Q (n, q) of these, x = Q (Q^T x) for each, and Q^T x has the same inner
-    products as x, on which SVD, mean and projection depend.
+    All columns of a merge lie in the span of the old basis and the new factors. With an orthonormal
+    basis Q (n, q) of it, Q^T x stands for a column x = Q (Q^T x). It has the same inner products,
+    so SVD, mean and projection come out the same.
     """
-    # 1. Find Q for both sides.
+    # 1. Find Q for each side.
     Qs = []
     for side in (0, 1):
         columns = [bases[side]] + [pair[side] for pair in new.values()]
         Qs.append(torch.linalg.qr(torch.cat(columns, dim=1).double()).Q)
-    # 2. Write bases and new factors in Q's coordinates. The old coefficients fit the short bases as
-    #    they fit the long: Q^T (beta eps) = (Q^T beta) eps.
+    # 2. Go to short columns: Q^T beta, Q^T B. As Q^T (beta eps) = (Q^T beta) eps, the old eps stay.
     short_bases = project(Qs, bases)
     short_new = {task: project(Qs, pair) for task, pair in new.items()}
-    # 3. Merge there, and take the bases back. The new coefficients fit both, too.
-    (short_beta, short_alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
-    beta = (Qs[0] @ short_beta).to(bases[0])
-    alpha = (Qs[1] @ short_alpha).to(bases[1])
+    # 3. Merge there.
+    short_bases, coefficients = merge_layer(short_bases, old, short_new, **rule)
+    # 4. Go back: Q (Q^T beta). The new eps stay for the same reason.
+    beta = (Qs[0] @ short_bases[0]).to(bases[0])
+    alpha = (Qs[1] @ short_bases[1]).to(bases[1])
     return (beta, alpha), coefficients
+
+
+def not_smaller(old_bases, bases, coefficients, pairs, stacking):
+    """Ours: new bases of {task: (B, A^T)}, and its coefficients; none smaller than the old basis.
+
+    One that is smaller is made anew with the size of the old, of the stack as it is.
+    """
+    bases = list(bases)
+    for side in (0, 1):
+        size = old_bases[side].shape[1]
+        if bases[side].shape[1] < size:
+            bases[side] = build_basis(side_by_side(pairs, side, stacking), k=size)
+            coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
+    return tuple(bases), coefficients
 
 
 def grow_layer(bases, old, new, variance, k, stacking):
@@ -788,16 +791,19 @@ def grow_layer(bases, old, new, variance, k, stacking):
 
 
 def grow_basis(basis, stack, variance, most):
-    """A basis, and beside it the main directions of what a stack (n, m) has outside."""
+    """A basis, and beside it the main directions of what a stack (n, m) has outside of it.
+
+    most: None adds as many as explain `variance` of that; else the basis grows to so many.
+    """
     stack = stack.double()
     outside = outside_of(basis, stack)
-    # 1. Drop the columns with nothing but rounding outside: a part of 1e-6 of the column itself, or
-    #    of 1e-12 of the stack, as `stack_updates` makes columns of 1e-16 where r exceeds ΔW's rank.
+    # 1. Drop columns of which only rounding is outside: 1e-6 of the column, or 1e-12 of the stack
+    #    (where r exceeds ΔW's rank, `stack_updates` has columns that are rounding as a whole).
     rounding = torch.maximum(ROUNDING * stack.norm(dim=0), 1e-12 * stack.norm())
     outside = outside[:, outside.norm(dim=0) > rounding]
-    # 2. Take the main directions of the rest, as many as there is room for.
+    # 2. Take the main directions of the rest.
     room = None if most is None else max(0, most - basis.shape[1])
-    added = main_directions(outside, ROUNDING * outside.norm(), variance, room)
+    added = main_directions(outside, variance, room, ROUNDING * outside.norm())
     # 3. Project again: where little was outside, they are orthogonal to the basis only roughly.
     added = torch.linalg.qr(outside_of(basis, added)).Q
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
@@ -851,14 +857,14 @@ def moved_layers(task, start, trained):
 def frozen(model):
     """For a block no parameter of a model can train. Then flags and buffers are as before.
 
-    Of the buffers those in state_dict() count, such as the statistics that BatchNorm updates in any
-    forward pass; others are caches.
+    Of the buffers those in state_dict() count, such as BatchNorm's statistics; others are caches.
+    Gradients are dropped.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name in saved}
     model.requires_grad_(False)
-    model.zero_grad()  # with a gradient from before an optimizer would step even a frozen one
+    model.zero_grad()  # an optimizer steps all parameters that have a gradient, even frozen ones
     try:
         yield
     finally:
@@ -867,10 +873,14 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
-                # inference_mode: a buffer that was made in it can be written only there.
-                # suppress: an expanded buffer cannot be written at all, and is left.
-                with torch.inference_mode(), contextlib.suppress(RuntimeError):
-                    buffer.copy_(buffers[name])
+                put_back(buffer, buffers[name])
+
+
+def put_back(buffer, value):
+    """Write a buffer; one that is expanded cannot be written, and is left."""
+    # One that was made in inference_mode can be written only there.
+    with torch.inference_mode(), contextlib.suppress(RuntimeError):
+        buffer.copy_(value)
 
 
 def follow_weight(linear, inputs=()):
@@ -882,7 +892,7 @@ def follow_weight(linear, inputs=()):
     share = linear.share
     layer = linear.layer
     device = linear.weight.device
-    if device.type == "meta" and inputs:  # offloaded: the weight will come to the input
+    if device.type == "meta" and inputs:  # accelerate's offload brings the weight to the input
         device = inputs[0].device
     if device.type == "meta" or share.bases[layer][0].device == device:
         return
@@ -906,6 +916,14 @@ def check_numbers(variance=1.0, **counts):
     for name, value in counts.items():
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{name} is {value!r}; it takes an integer, 1 or more")
+
+
+def check_stack(stack, variance, k):
+    """The stack, of `build_basis`; ValueError for an argument out of range."""
+    check_numbers(variance, k=k)
+    if stack.dim() != 2 or stack.shape[1] == 0 or not stack.isfinite().all():
+        raise ValueError(f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite numbers")
+    return stack
 
 
 def check_adapter(task, adapter, shapes):
@@ -940,6 +958,14 @@ def check_linear(layer, linear, cls, bases):
     shape = tuple(len(basis) for basis in bases)
     if weight.shape != shape:
         raise ValueError(f"{where}: its weight is {tuple(weight.shape)}; its bases take {shape}")
+
+
+def check_unwrapped(model):
+    """ValueError if a wrapper has a part of the model: it synchronises only what it has seen."""
+    for module in model.modules():
+        for cls in type(module).__mro__:  # fully_shard makes a class of its own
+            if cls.__name__ in WRAPPERS:
+                raise ValueError(f"the model is in {cls.__name__}: wrap it inside the block")
 
 
 def checksum(tensors):

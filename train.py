@@ -161,7 +161,7 @@ def attach_lora(model, targets, r=8):
     linears = {f".{name}": module for name, module in modules if type(module) is nn.Linear}
     endings = tuple(f".{target}" for target in targets)
     if not endings:
-        raise ValueError("targets is empty; it takes one or more endings of names")
+        raise ValueError("targets is empty, and so ends the name of no nn.Linear")
     for ending in endings:
         if not any(name.endswith(ending) for name in linears):
             raise ValueError(f"target {ending[1:]!r} ends the name of no nn.Linear in the model")
@@ -462,7 +462,7 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """The least number of tasks, `first` or more, for which Share stores less than one `other` each.
+    """The least number of tasks, from first on, for which Share stores less than one `other` each.
 
     Tasks after the first have p columns: n tasks take overhead + n * each numbers.
     """
