@@ -12,7 +12,8 @@ two bases, which all tasks have in common. A task then consists of its coefficie
     eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p, the pseudo-rank, may be 1
 
 Phase 1 makes the bases: they are the main directions of the factors of some finished adapters.
-Phase 2 learns a new task: its coefficients are trained while the bases are frozen.
+Phase 2 learns a new task: its coefficients are trained while the bases are frozen. Where these are
+too narrow, phi temporary columns beside each basis are trained along, and merged afterwards.
 Phase 3 merges new adapters into the bases and projects every task onto them again.
 
     adapters = [Adapter({"head": (torch.randn(64, 4), torch.randn(4, 64))}) for _ in range(3)]
@@ -41,7 +42,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROUNDING = 1e-6  # a part of a matrix below this fraction of its norm counts as 0
+ROUNDING = 1e-6  # a singular value, or a column, below this fraction of the whole counts as 0
 
 
 # --- Part 1, the paper. The equation
@@ -72,13 +73,14 @@ class ShareLinear(nn.Linear):
     def forward(self, input):
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
-        if isinstance(task, tuple):  # ours: another task for each sample
-            return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
-        factors = self.share.factors(self.layer, task)
-        if factors is None:  # no task, or one that leaves this layer alone
-            return h
-        B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
-        delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
+        if not isinstance(task, tuple):
+            factors = self.share.factors(self.layer, task)
+            if factors is None:  # no task, or one that leaves this layer alone
+                return h
+            B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
+            delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
+        else:  # ours: another task for each sample
+            delta_x = mixed_batch(self.share, self.layer, task, input)
         return (h + delta_x).to(h.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
 
 
@@ -86,7 +88,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    with torch.autocast(beta.device.type, enabled=False):  # in full precision
+    with torch.autocast(beta.device.type, enabled=False):  # which would round to half precision
         B = beta @ eps_beta
         A = (alpha @ eps_alpha).T
     return B, A
@@ -116,19 +118,20 @@ def build_layer(pairs, variance, k=None, stacking="factors"):
 
     pairs: {task: (B (n, r), A^T (d, r))}, the two sides of ΔW, each as columns.
     """
+    is_paper = stacking == "factors"  # ours, "updates", has no mean to subtract
     bases = []
     for side in (0, 1):  # the B's give beta, the A^T's give alpha
         # 1. Put the factors of all tasks side by side.
-        stack = side_by_side(pairs, side, stacking)
+        columns = side_by_side(pairs, side, stacking)
         # 2. Take the main directions of these columns.
-        bases.append(build_basis(stack, variance, k, centred=stacking == "factors"))
+        bases.append(build_basis(columns, variance, k, centred=is_paper))
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
     return tuple(bases), coefficients
 
 
 def side_by_side(pairs, side, stacking):
-    """The stack (n, m) of the B's of all tasks (side 0), or of their A^T's (side 1)."""
+    """The B's of all tasks (side 0), or their A^T's (side 1), as one matrix (n, m)."""
     if stacking == "updates":  # ours
         return stack_updates(pairs, side)
     return torch.cat([pair[side] for pair in pairs.values()], dim=1)
@@ -137,24 +140,38 @@ def side_by_side(pairs, side, stacking):
 def build_basis(stack, variance=0.6, k=None, centred=True):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    As many as explain `variance`. Ours: k, so many, if there are, of the stack as it is; and
-    centred=False, those that explain `variance` of the stack as it is, for `stack_updates`.
-    Computed in float64, returned as float32 at least. ValueError: an argument out of range.
+    The paper: as many as explain `variance` of the columns less their mean. Ours: with k, so many
+    of the columns as they are (fewer where their rank is); with centred=False, as many as explain
+    `variance` of the columns as they are. Computed in float64, returned as float32 at least.
+    ValueError: an argument out of range.
     """
     X = check_stack(stack, variance, k).double()
-    # 1. Subtract the mean column.
-    mean = X.mean(dim=1, keepdim=True)
-    if k is not None or not centred:  # ours: as it is
-        mean = torch.zeros_like(mean)
-    # 2. Take the first left singular vectors, the fewest that explain the variance.
     rounding = ROUNDING * X.norm()
-    basis = main_directions(X - mean, variance, k, rounding)
-    # 3. Ours: projection does not subtract the mean, so the basis needs its direction, too. As m
-    #    equal columns the mean has this singular value outside the basis.
-    outside = outside_of(basis, mean).norm() * X.shape[1] ** 0.5
-    if outside > rounding:
-        basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
+    if k is not None or not centred:  # ours
+        basis = main_directions(X, variance, k, rounding)
+    else:
+        # 1. Subtract the mean column.
+        mean = X.mean(dim=1, keepdim=True)
+        # 2. Take the main directions.
+        basis = main_directions(X - mean, variance, k, rounding)
+        # 3. Ours: `project` does not subtract the mean, so the basis needs its direction, too. What
+        #    was subtracted is m equal columns, so its norm is sqrt(m) times that of one.
+        missing = outside_of(basis, mean).norm() * X.shape[1] ** 0.5
+        if missing > rounding:
+            basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
+
+
+def main_directions(X, variance, k, rounding):
+    """The first left singular vectors (n, k) of X (n, m): k, or the fewest that explain `variance`.
+
+    Those with a singular value up to rounding are left out.
+    """
+    U, S = left_svd(X, rounding)
+    if k is None:
+        explained = (S**2).cumsum(0) / (S**2).sum()  # by the first, by the first two, …
+        k = 1 + int((explained < variance - 1e-13).sum())  # 1e-13: the sums are rounded
+    return torch.linalg.qr(U[:, :k]).Q  # see left_svd
 
 
 def project(bases, pair):
@@ -168,38 +185,6 @@ def project(bases, pair):
 
 
 # --- Phase 2: train the coefficients of a new task
-def start_layer(bases, p, phi, sigma, generator):
-    """Where a new task starts in one layer: an nn.ParameterDict, see `learned_factors`.
-
-    Coefficients: N(0, sigma²) on both sides, as in the paper (if both were 0, so would be all
-    gradients). Temporary columns: the paper does not say; here N(0, 1 / rows), of norm 1 or so.
-    """
-    parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
-    for name, basis in zip(("beta", "alpha"), bases, strict=True):
-        rows, k = basis.shape
-        eps = sigma * torch.randn(k + phi, p, generator=generator, device="cpu")
-        parameters[f"eps_{name}"] = eps.to(basis)
-        if phi > 0:
-            columns = torch.randn(rows, phi, generator=generator, device="cpu") / rows**0.5
-            parameters[f"columns_{name}"] = columns.to(basis)
-    return parameters
-
-
-def learned_factors(bases, parameters):
-    """LoRA's B = [beta, columns_beta] eps_beta of a task that is being learned, and A likewise.
-
-    parameters: eps_beta (kβ + phi, p), eps_alpha (kα + phi, p); if phi > 0 the temporary columns
-    columns_beta (n, phi) and columns_alpha (d, phi). The bases are frozen.
-    """
-    beta, alpha = bases
-    # .to: the caller may have cast or moved the model in the block
-    eps = parameters["eps_beta"].to(beta), parameters["eps_alpha"].to(alpha)
-    if "columns_beta" in parameters:
-        beta = torch.cat([beta, parameters["columns_beta"].to(beta)], dim=1)
-        alpha = torch.cat([alpha, parameters["columns_alpha"].to(alpha)], dim=1)
-    return lora_factors((beta, alpha), eps)
-
-
 def train_coefficients(share, model, task, batches, loss_fn, *, lr=1e-2, **settings):
     """Phase 2 with Adam. Returns the losses, loss_fn(model, batch). settings: those of `learn`."""
     losses = []
@@ -224,17 +209,19 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
 
     In the block the task is selected, and its parameters are all of the model that requires
     gradients. Make the optimizer (with a rate near 1e-2), a Trainer and any wrapper inside it.
-    p: columns of the coefficients. phi: temporary columns of the bases, fewer than the largest k.
-    sigma, seed: of the random start. grow: the merge after phi > 0 is ours, which loses nothing and
-    adds up to min(p, phi) directions to a basis, or the paper's. finetune (ours): train an existing
-    task on, from where it is, with phi = 0. ValueError if nothing has moved; then, as after any
-    exception, nothing is kept.
+    ValueError if nothing has moved; then, as after any exception, nothing is kept.
+
+    p: columns of the coefficients. sigma, seed: of their random start.
+    phi: temporary columns beside each basis, fewer than the largest k. The block then ends in a
+    merge. grow=True: it is ours, which changes no task and adds up to phi directions to a basis.
+    grow=False: it is the paper's, in which tasks may lose, above all the new one, see `retained`.
+    finetune (ours): train an existing task on, from where it is, with phi = 0.
     """
     # 1. Start from random coefficients and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
-    # 2. The caller trains these, and all else is frozen. In the block forward gets its B and A from
-    #    learned_factors(bases, trained[layer]), by way of `Share.factors`: so gradients reach them.
+    # 2. The caller trains these, and all else is frozen. In the block `forward` forms B and A by
+    #    `learned_factors`, so that gradients reach them.
     with share._training(model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Take the layers that have moved. Others, which the loss never reached, are at their start.
@@ -243,15 +230,72 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     if phi == 0:
         share._keep(task, ends)
         return
-    # With them they do not. So B A is a finished adapter: merge it, as phase 3 does.
+    # 5. With them they belong to wider bases. But B A is a finished adapter: merge it, by phase 3.
     factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-    if grow:  # ours: nothing of the task is lost
+    if grow:  # ours
         share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
     else:  # the paper's
         share.merge({task: Adapter(factors)})
 
 
+def start_layer(bases, p, phi, sigma, generator):
+    """The parameters of a new task in one layer, at their start, as `learned_factors` takes them.
+
+    Coefficients: N(0, sigma²) on both sides, as in the paper (if both were 0, so would be all
+    gradients). Temporary columns: the paper does not say; here N(0, 1 / rows), of norm 1 or so.
+    """
+    parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
+    for name, basis in zip(("beta", "alpha"), bases, strict=True):
+        rows, k = basis.shape
+        # a row for each direction of the basis and for each temporary column
+        eps = sigma * torch.randn(k + phi, p, generator=generator, device="cpu")
+        parameters[f"eps_{name}"] = eps.to(basis)
+        if phi > 0:
+            columns = torch.randn(rows, phi, generator=generator, device="cpu") / rows**0.5
+            parameters[f"columns_{name}"] = columns.to(basis)
+    return parameters
+
+
+def learned_factors(bases, parameters):
+    """LoRA's B = [beta, columns_beta] eps_beta of a task that is being learned, and A likewise.
+
+    parameters: eps_beta (kβ + phi, p), eps_alpha (kα + phi, p); if phi > 0 the temporary columns
+    columns_beta (n, phi) and columns_alpha (d, phi). The bases are frozen.
+    """
+    beta, alpha = bases
+    # .to: in the block of `learn` the caller may have cast or moved the model
+    eps = parameters["eps_beta"].to(beta), parameters["eps_alpha"].to(alpha)
+    if "columns_beta" in parameters:
+        beta = torch.cat([beta, parameters["columns_beta"].to(beta)], dim=1)
+        alpha = torch.cat([alpha, parameters["columns_alpha"].to(alpha)], dim=1)
+    return lora_factors((beta, alpha), eps)
+
+
 # --- Phase 3: merge
+def merge(share, adapters, *, variance=None, k=None, grow=False):
+    """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
+
+    variance: that the bases explain; None is the share's. k: the size of the bases, in place of the
+    variance. Earlier tasks may change, and directions that no task uses are lost. With grow (ours)
+    bases and earlier tasks stay, and directions are added; k is then the size up to which.
+    """
+    if variance is None:
+        variance = share.variance
+    check_numbers(variance, k=k)
+    rule = {"variance": variance, "k": k, "stacking": share.stacking}
+    bases = {}
+    coefficients = {}
+    for layer, new in share._pairs_by_layer(adapters).items():
+        if layer not in share.bases:
+            found = build_layer(new, **rule)
+        elif not grow:  # the paper's: `merge_layer` below, made fast
+            found = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
+        else:  # ours
+            found = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
+        bases[layer], coefficients[layer] = found
+    share._store(adapters, bases, coefficients)
+
+
 def merge_layer(bases, old, new, variance, k, stacking):
     """Phase 3 for one layer: its new bases, and the coefficients of all tasks in them.
 
@@ -266,40 +310,17 @@ def merge_layer(bases, old, new, variance, k, stacking):
     pairs.update(new)
     # 3. Phase 1 again.
     new_bases, coefficients = build_layer(pairs, variance, k, stacking)
-    if k is None:  # ours: the variance alone often makes a basis smaller, and old tasks fade
-        new_bases, coefficients = not_smaller(bases, new_bases, coefficients, pairs, stacking)
+    # 4. Ours: by the variance alone a basis often gets smaller, and old tasks fade.
+    if k is None:
+        new_bases, coefficients = not_smaller(bases, new_bases, pairs, stacking)
     return new_bases, coefficients
-
-
-def merge(share, adapters, *, variance=None, k=None, grow=False):
-    """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
-
-    variance: None is the share's. k: in its place, the size of the bases (with grow, the size up to
-    which they grow). Earlier tasks may change, and directions that no task uses are lost. With grow
-    (ours) bases and earlier tasks stay, and directions are added.
-    """
-    if variance is None:
-        variance = share.variance
-    check_numbers(variance, k=k)
-    rule = {"variance": variance, "k": k, "stacking": share.stacking}
-    bases = {}
-    coefficients = {}
-    for layer, new in share._pairs_by_layer(adapters).items():
-        if layer not in share.bases:
-            found = build_layer(new, **rule)
-        elif grow:  # ours
-            found = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # the paper's: the result of `merge_layer`, computed with shorter columns
-            found = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        bases[layer], coefficients[layer] = found
-    share._store(adapters, bases, coefficients)
 
 
 # --- Part 2, everything else. The share, which the phases fill
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
-    # The phases are the functions above, which become methods.
+    # The phases: the functions above become methods.
     from_adapters = classmethod(from_adapters)
     learn = learn
     merge = merge
@@ -329,7 +350,7 @@ class Share:
 
     @property
     def records(self):
-        """{task: what else is kept of its adapter: {"energy": ‖ΔW‖², "extras", "config"}}."""
+        """{task: {"energy": ‖ΔW‖² when it was added or learned, "extras": …, "config": …}}."""
         return self.held[2]
 
     @property
@@ -384,11 +405,10 @@ class Share:
         """LoRA's (B (n, p), A (p, d)) of a task; None for no task, or where it has no ΔW."""
         if task is None:
             return None
-        if task != self.learning:
-            self._check_task(task)
-        elif layer in self.trained:  # in a block of `learn`
+        if task == self.learning and layer in self.trained:
             return learned_factors(self.bases[layer], self.trained[layer])
-        # In that block there are layers that it cannot train, too: see `_start`.
+        if task != self.learning:  # a new task that is being learned has no record yet
+            self._check_task(task)
         bases, coefficients, _ = self.held  # at once: another thread may merge
         if task not in coefficients[layer]:
             return None
@@ -467,7 +487,7 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         # The paper has phi < k. Here k differs by layer and side: the largest counts.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
-        limit = max(sizes + [1])
+        limit = max(sizes, default=1)
         if type(phi) is not int or not 0 <= phi < limit:
             raise ValueError(f"phi is {phi!r}; it takes an integer from 0 to {limit - 1}")
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
@@ -486,9 +506,7 @@ class Share:
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]
-                start[layer] = nn.ParameterDict()
-                start[layer]["eps_beta"] = eps_beta  # one by one: this keeps the order of `_start`
-                start[layer]["eps_alpha"] = eps_alpha
+                start[layer] = nn.ParameterDict([("eps_beta", eps_beta), ("eps_alpha", eps_alpha)])
         return start
 
     @contextlib.contextmanager
@@ -498,13 +516,13 @@ class Share:
         check_unwrapped(model)
         attached = self._attached(model, needed=trained)
         selected = self.selected
-        with frozen(model):  # first, so that the parameters that come next can train
+        with frozen(model):  # all that it has now; what is added below can train
             try:
                 for layer, parameters in trained.items():
                     follow_weight(attached[layer])  # the bases go to the weight's device
                     parameters.to(self.bases[layer][0].device)
-                    attached[layer].learned = parameters  # for model.parameters()
-                self.trained = trained  # for `factors`, and so for forward
+                    attached[layer].learned = parameters  # so they are in model.parameters()
+                self.trained = trained  # which `factors` reads for `forward`
                 self.learning = task
                 self.selected = task
                 yield
@@ -517,7 +535,7 @@ class Share:
 
     def _keep(self, task, ends):
         """Take in trained coefficients, {layer: {"eps_beta", "eps_alpha"}}."""
-        # Fine-tuning may have moved some layers only; the task's record is of the whole adapter.
+        # Fine-tuning may have moved some layers only, but ‖ΔW‖², which is recorded, is of them all.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -531,22 +549,22 @@ class Share:
         """Write one .safetensors file, whole or not at all; selection and open block stay out.
 
         i.basis.0, i.basis.1   beta and alpha of layer i
-        i.eps.0, i.eps.1       all tasks' coefficients in it, widths[j] columns for task j
+        i.eps.0, i.eps.1       in layer i the coefficients of all tasks, side by side
         j.extra.NAME           extras of task j
-        state, checksum        all else as JSON (a header is limited to 100 MB); see `checksum`
+        state                  all else, as JSON: in safetensors' own header 100 MB is the limit
+        checksum               see there
         """
         all_bases, all_coefficients, all_records = self.held
         tensors = {}
         layers = []
         for i, (layer, bases) in enumerate(all_bases.items()):
             held = all_coefficients[layer]
-            # widths[j] is the p of task j, and 0 where it leaves the layer alone
+            # how many columns each task has in i.eps: p, or 0 where it leaves the layer alone
             widths = [held[task][0].shape[1] if task in held else 0 for task in all_records]
             layers.append((layer, widths))
             for side in (0, 1):
-                columns = [held[task][side] for task in all_records if task in held]
-                if not columns:  # torch.cat takes no empty list
-                    columns = [bases[side].new_zeros(bases[side].shape[1], 0)]
+                columns = [bases[side].new_zeros(bases[side].shape[1], 0)]  # if there is no task
+                columns += [held[task][side] for task in all_records if task in held]
                 tensors[f"{i}.basis.{side}"] = bases[side]
                 tensors[f"{i}.eps.{side}"] = torch.cat(columns, dim=1)
         records = {}
@@ -661,33 +679,30 @@ def squared_norm(adapter):
     total = 0.0
     for factors in adapter.factors.values():
         B, A = [factor.detach().cpu().double() for factor in factors]
-        # ‖B A‖² = trace((B^T B)(A A^T)), and trace(M N) is the sum of M * N for symmetric M and N
+        # ‖B A‖² = trace(A^T B^T B A) = trace((B^T B)(A A^T)): for these two symmetric matrices the
+        # sum of the products of their numbers
         total += float(((B.T @ B) * (A @ A.T)).sum())
     return total
 
 
-def main_directions(X, variance, k, rounding):
-    """The first left singular vectors (n, k) of X (n, m): k, or the fewest that explain `variance`.
+def left_svd(X, rounding):
+    """U (n, r) and S (r) of X = U S V^T, without singular values up to rounding, the largest first.
 
-    Those with a singular value not above rounding are left out.
+    1.7 to 8 times faster than torch.linalg.svd, and less exact: errors of S are 1e-8 of the
+    largest, and vectors of U with a small S are orthogonal only roughly.
     """
-    # 1. X = U S V^T. The smaller of X X^T = U S² U^T and X^T X = V S² V^T gives S, and U or V.
-    #    That is 1.7 to 8 times faster than torch.linalg.svd; errors of S are 1e-8 of the largest.
     is_tall = X.shape[0] > X.shape[1]
-    squares, vectors = torch.linalg.eigh(X.T @ X if is_tall else X @ X.T)
-    squares, vectors = squares.flip(0), vectors.flip(1)  # the largest first
-    squares = squares[squares > rounding**2]
-    # 2. How many: those that fall short of the variance, and one more.
-    if k is None:
-        explained = squares.cumsum(0) / squares.sum()  # by the first, the first two, …
-        k = 1 + int((explained < variance - 1e-13).sum())  # 1e-13: the sums are rounded
-    vectors = vectors[:, : min(k, len(squares))]
-    # 3. U itself, or V, of which X V = U S: orthogonal columns, to which QR gives norm 1.
-    return torch.linalg.qr(X @ vectors).Q if is_tall else vectors
+    # The smaller of these two: X^T X = V S² V^T, and X X^T = U S² U^T.
+    squares, vectors = torch.linalg.eigh(X.T @ X if is_tall else X @ X.T)  # the smallest first
+    kept = squares > rounding**2
+    S = squares[kept].sqrt().flip(0)
+    vectors = vectors[:, kept].flip(1)
+    U = X @ vectors / S if is_tall else vectors  # X V = U S
+    return U, S
 
 
 def outside_of(basis, X):
-    """The part of X's columns (n, m) that is orthogonal to a basis, in float64."""
+    """The part of the columns X (n, m), in float64, that is orthogonal to a basis."""
     basis = basis.double()
     return X - basis @ (basis.T @ X)
 
@@ -703,9 +718,7 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
-    if middle.numel() == 0:
-        # A basis is empty, so ΔW is 0. The SVD would leave 0 columns, which `save` writes for a
-        # task that leaves the layer alone.
+    if middle.numel() == 0:  # a basis is empty, so ΔW is 0; the SVD would leave no columns
         return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     root = S[:p].sqrt()
@@ -714,23 +727,23 @@ def best_rank(eps, p):
 
 # --- Ours, and a faster merge
 def stack_updates(pairs, side):
-    """Ours: a stack that depends on the tasks' ΔW alone, each of which weighs the same.
+    """Ours: in place of the B's (side 0) or A^T's (side 1), columns that depend on the ΔW alone.
 
-    B and A are not unique: (B M)(M^-1 A) is the same ΔW, but B M another stack than B. So B (side
-    1: A^T) is replaced by C / ‖C‖ with C C^T = ΔW ΔW^T (side 1: ΔW^T ΔW), the same for any B and A.
-    The signs of C's columns are arbitrary, so their mean says nothing.
+    (B M)(M^-1 A) is the same ΔW as B A, but B M has other main directions than B. So B is replaced
+    by a C with C C^T = ΔW ΔW^T, divided by its norm, so that all tasks weigh the same; on side 1
+    likewise with ΔW^T. C has ΔW's left singular vectors and values. It is unique up to a rotation
+    of its r columns, so their mean says nothing: they are not centred.
     """
     updates = []
     for pair in pairs.values():
         own, other = pair[side].double(), pair[1 - side].double()
-        # ΔW (side 1: ΔW^T) is own other^T. With other = Q R it is own R^T Q^T = C Q^T: C = own R^T
-        # has the same left singular vectors and norm, but r columns.
+        # ΔW (side 1: ΔW^T) is own other^T. With other = Q R it is (own R^T) Q^T: so C = own R^T.
         R = torch.linalg.qr(other, mode="r").R
         updates.append(own @ R.T)
-    norms = torch.stack([update.norm() for update in updates])
-    # A ΔW far below the largest may be rounding: with this divisor it weighs less. All may be 0.
+    norms = torch.stack([C.norm() for C in updates])
+    # A C far below the largest may be rounding, and stays small. 1e-300: all may be 0.
     norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)
-    columns = [update / norm for update, norm in zip(updates, norms, strict=True)]
+    columns = [C / norm for C, norm in zip(updates, norms, strict=True)]
     dtype = next(iter(pairs.values()))[side].dtype
     return torch.cat(columns, dim=1).to(dtype)
 
@@ -738,38 +751,43 @@ def stack_updates(pairs, side):
 def fast_merge_layer(bases, old, new, **rule):
     """The result of `merge_layer`, computed with columns of q numbers in place of n.
 
-    All columns of a merge lie in the span of the old basis and the new factors. With an orthonormal
-    basis Q (n, q) of it, Q^T x stands for a column x = Q (Q^T x). It has the same inner products,
-    so SVD, mean and projection come out the same.
+    All columns x of a merge lie in the span of the old basis and the new factors. With an
+    orthonormal basis Q (n, q) of it, x = Q (Q^T x), and the Q^T x have the same inner products as
+    the x. So SVD, mean and projection can be computed of them, and the coefficients are the same.
     """
+    beta, alpha = bases
     # 1. Find Q for each side.
-    Qs = []
-    for side in (0, 1):
-        columns = [bases[side]] + [pair[side] for pair in new.values()]
-        Qs.append(torch.linalg.qr(torch.cat(columns, dim=1).double()).Q)
-    # 2. Go to short columns: Q^T beta, Q^T B. As Q^T (beta eps) = (Q^T beta) eps, the old eps stay.
+    Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
+    Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
+    # 2. Take Q^T of the bases and of the new factors; old coefficients are the same.
+    Qs = Q_beta, Q_alpha
     short_bases = project(Qs, bases)
     short_new = {task: project(Qs, pair) for task, pair in new.items()}
-    # 3. Merge there.
-    short_bases, coefficients = merge_layer(short_bases, old, short_new, **rule)
-    # 4. Go back: Q (Q^T beta). The new eps stay for the same reason.
-    beta = (Qs[0] @ short_bases[0]).to(bases[0])
-    alpha = (Qs[1] @ short_bases[1]).to(bases[1])
-    return (beta, alpha), coefficients
+    # 3. Merge these.
+    (short_beta, short_alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
+    # 4. Take Q of the new bases.
+    return ((Q_beta @ short_beta).to(beta), (Q_alpha @ short_alpha).to(alpha)), coefficients
 
 
-def not_smaller(old_bases, bases, coefficients, pairs, stacking):
-    """Ours: new bases of {task: (B, A^T)}, and its coefficients; none smaller than the old basis.
+def orthonormal(matrices):
+    """An orthonormal basis, in float64, of the columns of some matrices."""
+    return torch.linalg.qr(torch.cat(matrices, dim=1).double()).Q
 
-    One that is smaller is made anew with the size of the old, of the stack as it is.
+
+def not_smaller(old_bases, bases, pairs, stacking):
+    """Ours: where a new basis of {task: (B, A^T)} is smaller than the old, make it as large.
+
+    It is made anew of the columns as they are. It stays smaller where these have a lower rank, as
+    after `remove`. Returns the bases, and the coefficients of all tasks in them.
     """
-    bases = list(bases)
+    kept = []
     for side in (0, 1):
+        basis = bases[side]
         size = old_bases[side].shape[1]
-        if bases[side].shape[1] < size:
-            bases[side] = build_basis(side_by_side(pairs, side, stacking), k=size)
-            coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
-    return tuple(bases), coefficients
+        if basis.shape[1] < size:
+            basis = build_basis(side_by_side(pairs, side, stacking), k=size)
+        kept.append(basis)
+    return tuple(kept), {task: project(kept, pair) for task, pair in pairs.items()}
 
 
 def grow_layer(bases, old, new, variance, k, stacking):
@@ -797,10 +815,11 @@ def grow_basis(basis, stack, variance, most):
     """
     stack = stack.double()
     outside = outside_of(basis, stack)
-    # 1. Drop columns of which only rounding is outside: 1e-6 of the column, or 1e-12 of the stack
-    #    (where r exceeds ΔW's rank, `stack_updates` has columns that are rounding as a whole).
-    rounding = torch.maximum(ROUNDING * stack.norm(dim=0), 1e-12 * stack.norm())
-    outside = outside[:, outside.norm(dim=0) > rounding]
+    # 1. Drop columns of which only rounding is outside: less than 1e-6 of the column, or 1e-12 of
+    #    the stack (where r exceeds ΔW's rank, whole columns of `stack_updates` are rounding).
+    sizes = outside.norm(dim=0)
+    is_real = (sizes > ROUNDING * stack.norm(dim=0)) & (sizes > 1e-12 * stack.norm())
+    outside = outside[:, is_real]
     # 2. Take the main directions of the rest.
     room = None if most is None else max(0, most - basis.shape[1])
     added = main_directions(outside, variance, room, ROUNDING * outside.norm())
@@ -855,10 +874,10 @@ def moved_layers(task, start, trained):
 
 @contextlib.contextmanager
 def frozen(model):
-    """For a block no parameter of a model can train. Then flags and buffers are as before.
+    """For a block no parameter of a model can train. Then requires_grad is as it was before.
 
-    Of the buffers those in state_dict() count, such as BatchNorm's statistics; others are caches.
-    Gradients are dropped.
+    Buffers are, too, as the block is to change nothing but the task: those in state_dict(), such as
+    BatchNorm's statistics, while others are caches. Gradients are dropped.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -877,26 +896,30 @@ def frozen(model):
 
 
 def put_back(buffer, value):
-    """Write a buffer; one that is expanded cannot be written, and is left."""
-    # One that was made in inference_mode can be written only there.
+    """Write a buffer, unless it is expanded: then it has no memory of its own, and is left."""
+    # inference_mode: a buffer that was made in it can be written only in it; others can, too.
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
 
 
 def follow_weight(linear, inputs=()):
-    """Bring a layer's bases and coefficients to the device of its weight.
+    """Bring a layer's bases and coefficients to where its weight is; a hook before forward.
 
-    It is a hook before forward, as model.to(device) does not know the share's tensors. A hook also
-    keeps nn.TransformerEncoderLayer from its fast path, which calls no layers.
+    model.to(device) does not know the share's tensors. A hook is also what keeps
+    nn.TransformerEncoderLayer from its fast path, which would not call the layer.
     """
-    share = linear.share
-    layer = linear.layer
     device = linear.weight.device
-    if device.type == "meta" and inputs:  # accelerate's offload brings the weight to the input
+    if device.type == "meta" and inputs:  # offloaded: accelerate loads it to the input's device
         device = inputs[0].device
-    if device.type == "meta" or share.bases[layer][0].device == device:
-        return
+    if device.type != "meta":
+        move_layer(linear.share, linear.layer, device)
+
+
+def move_layer(share, layer, device):
+    """Move a layer's bases and coefficients, unless they are there."""
     bases, coefficients, records = share.held
+    if bases[layer][0].device == device:
+        return
     basis_pair = tuple(basis.to(device) for basis in bases[layer])
     held = {}
     for task, eps in coefficients[layer].items():
@@ -961,7 +984,7 @@ def check_linear(layer, linear, cls, bases):
 
 
 def check_unwrapped(model):
-    """ValueError if a wrapper has a part of the model: it synchronises only what it has seen."""
+    """ValueError if a wrapper is in the model: the parameters of a block would be unknown to it."""
     for module in model.modules():
         for cls in type(module).__mro__:  # fully_shard makes a class of its own
             if cls.__name__ in WRAPPERS:
@@ -1018,7 +1041,8 @@ def write_whole(path, content):
 # - A head that trains along is yours: unfreeze it in the block, copy it for each task, put it back.
 # - To give a learned task extras: reconstruct it, set them, remove it, add it.
 # - BatchNorm in training mode fits the batch's statistics, which are put back. Call eval() on it.
-# - Weight decay, or a cast to half and back, counts as training of a layer.
+# - A layer that the loss does not reach is no part of the task, unless something else moves its
+#   parameters, such as weight decay, or a cast to half and back.
 # - Learn in one thread at a time. To serve meanwhile, learn on copy.deepcopy((model, share)), then
 #   share.add(task, copied.reconstruct(task)). Use such a copy for trials with phi > 0, too: their
 #   columns stay in the bases even after remove.

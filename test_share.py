@@ -15,8 +15,8 @@ import os
 import re
 import sys
 import textwrap
-import threading
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -33,9 +33,8 @@ import train
 from share import Adapter, Share, ShareLinear, build_basis, train_coefficients
 from train import Router, attach_lora, average, load_peft, lora_adapter, save_peft
 
+
 # --- The paper, slow and plain
-
-
 class SlowShare:
     """A complete Share on dense matrices, in which nothing is clever. stack: "factors", or ours."""
 
@@ -66,9 +65,8 @@ class SlowShare:
             self.factors[layer] = pairs
 
     def new_basis(self, stack, old_basis):
-        basis = slow_directions(stack, self.variance)
-        if self.stack == "factors":
-            basis = slow_basis(stack, self.variance)
+        build = slow_basis if self.stack == "factors" else slow_directions
+        basis = build(stack, self.variance)
         if old_basis is not None and basis.shape[1] < old_basis.shape[1]:  # ours: it keeps its size
             return torch.linalg.svd(stack).U[:, : old_basis.shape[1]]
         return basis
@@ -108,14 +106,11 @@ def slow_basis(stack, variance):
 
 def slow_stacks(pairs, stack):
     """[B_1 … B_t] and [A_1^T … A_t^T] of {task: (B, A)}."""
-    lefts = []
-    rights = []
-    for B, A in pairs.values():
-        if stack == "updates":
-            B, A = slow_update(B, A)
-        lefts.append(B)
-        rights.append(A.T)
-    return torch.cat(lefts, 1), torch.cat(rights, 1)
+    if stack == "updates":
+        pairs = {task: slow_update(B, A) for task, (B, A) in pairs.items()}
+    left = torch.cat([B for B, _ in pairs.values()], 1)
+    right = torch.cat([A.T for _, A in pairs.values()], 1)
+    return left, right
 
 
 def slow_update(B, A):
@@ -126,7 +121,6 @@ def slow_update(B, A):
 
 
 # --- The laws of the three phases
-
 SHAPES = {"first": (20, 30), "second": (40, 12)}
 NARROW = {"first": (3, 30), "second": (40, 2)}  # a side has fewer rows than adapters have rank
 STACKS = ["factors", "updates"]
@@ -150,18 +144,22 @@ def test_phase_1_is_svd_and_projection(stack, shapes, variance):
     assert len(set(sizes(share))) > 1  # k differs by layer and side
 
 
-@cases("layer, task", ("first", "a"), ("first", "b"), ("second", "b"))
-def test_the_forward_pass_equals_the_dense_formula(layer, task):
-    share = Share.from_adapters(make_adapters("ab"))
-    linear = share.attach(net()).get_submodule(layer)
+@cases("layer, task, absent", ("first", "a", "c"), ("second", "b", "c"), ("middle", "c", "a"))
+def test_the_forward_pass_equals_the_dense_formula(layer, task, absent):
+    share, model = attached()
+    share.merge(make_adapters("c", shapes={"middle": (12, 20)}))
+    linear = share.attach(model).get_submodule(layer)  # again: a merge has brought a layer
+    patched(linear)  # which changes nothing
     x = randn(2, 3, linear.in_features).to(DEVICE)
-    bare, out = outputs(share, linear, x, (None, task))
+    bare, left_alone, out = outputs(share, linear, x, (None, absent, task))
     beta, alpha = share.bases[layer]
     eps_beta, eps_alpha = share.coefficients[layer][task]
     update = x @ ((beta @ eps_beta) @ (alpha @ eps_alpha).T).T
     assert torch.equal(bare, nn.functional.linear(x, linear.weight, linear.bias))
     assert torch.allclose(out, bare + update, atol=1e-12)
     assert torch.equal(out, linear(input=x))  # called as nn.Linear may be
+    assert torch.equal(left_alone, bare)  # a task leaves alone what its adapter lacks
+    assert share.factors(layer, absent) is None
 
 
 def test_phase_2_is_adam_on_dense_weights():
@@ -175,9 +173,8 @@ def test_phase_2_is_adam_on_dense_weights():
     slow.bases = share.bases
     slow.learn(plain, starts, x, lr=0.02)
     train_coefficients(share, model, "new", x, square_loss, p=2, lr=0.02, seed=7)
-    for layer, pair in starts.items():
-        for fast, eps in zip(share.coefficients[layer]["new"], pair, strict=True):
-            assert torch.allclose(fast, eps, atol=1e-9)
+    learned = {layer: held["new"] for layer, held in share.coefficients.items()}
+    torch.testing.assert_close(learned, starts, rtol=0, atol=1e-9)
 
 
 @variants(stack=STACKS)
@@ -195,23 +192,17 @@ def test_phase_3_is_rebuilding_stacking_svd_and_projection(t, shared, stack):
         assert_equal_to_slow(share, slow)
 
 
-@variants(stack=STACKS, rule=[(0.7, None), (1.0, None), (0.7, 3)])
-def test_a_merge_equals_the_plain_one_of_one_layer(stack, rule):
+@variants(stack=STACKS, rule=[{"variance": 0.7}, {"variance": 1.0}, {"k": 3}])
+def test_a_merge_equals_the_plain_one_of_one_layer(monkeypatch, stack, rule):
     share = make_share("abc", variance=0.9, stack=stack)
+    plain = copy.deepcopy(share)
     new = make_adapters("d", (4,))
-    variance, k = rule
-    expected = {}
-    for layer, (B, A) in new["d"].factors.items():
-        old = share.bases[layer], share.coefficients[layer]
-        expected[layer] = module.merge_layer(*old, {"d": (B, A.T)}, variance, k, stack)
-    share.merge(new, variance=variance, k=k)
-    for layer, (bases, coefficients) in expected.items():
-        for fast, basis in zip(share.bases[layer], bases, strict=True):
-            assert same_span(fast, basis)
-        for task, eps in coefficients.items():
-            expected_B, expected_A = module.lora_factors(bases, eps)
-            B, A = share.factors(layer, task)
-            assert relative(B @ A, expected_B @ expected_A) < 1e-9
+    share.merge(new, **rule)
+    monkeypatch.setattr(module, "fast_merge_layer", module.merge_layer)
+    plain.merge(new, **rule)
+    for fast, basis in zip(bases(share), bases(plain), strict=True):
+        assert same_span(fast, basis)
+    assert error(share, {task: plain.reconstruct(task) for task in "abcd"}) < 1e-9
 
 
 def test_a_merge_makes_a_basis_smaller_only_if_asked_to():
@@ -224,26 +215,16 @@ def test_a_merge_makes_a_basis_smaller_only_if_asked_to():
 
 
 # --- Worked examples: the same laws in small numbers
-
-
-def one_layer(*matrices):
-    """Adapters "a", "b", … of a layer "x", whose ΔW are these matrices (of two columns at most)."""
-    adapters = {}
-    for name, rows in zip("abcdef", matrices, strict=False):
-        B = torch.tensor(rows).double()
-        adapters[name] = Adapter({"x": (B, torch.eye(B.shape[1], 2).double())})
-    return adapters
-
-
 def test_example_the_best_rank_1_fit_is_not_the_first_column():
-    adapters = one_layer([[2.0, 1.0], [1.0, 2.0]])  # singular values 3 and 1, along (1, ±1)
-    share = Share.from_adapters(adapters, variance=1.0, p=1)
-    best = torch.full((2, 2), 1.5).double()  # 3 (1, 1)^T (1, 1) / 2, at a distance of 1
-    first_column = torch.tensor([[2.0, 0.0], [1.0, 0.0]]).double()  # at √5
+    delta = torch.tensor([[2.0, 1.0], [1.0, 2.0]])  # singular values 3 and 1, along (1, ±1)
+    best = torch.tensor([[1.5, 1.5], [1.5, 1.5]])  # 3 (1, 1)^T (1, 1) / 2
+    first_column = torch.tensor([[2.0, 0.0], [1.0, 0.0]])
+    adapter = Adapter({"x": (delta, torch.eye(2)), "y": (torch.eye(2), torch.eye(2))})
+    share = Share.from_adapters({"a": adapter}, variance=1.0, p=1)
     assert torch.allclose(share.reconstruct("a").delta("x"), best)
-    delta = adapters["a"].delta("x")
     assert float((delta - best).norm()) == pytest.approx(1)
     assert float((delta - first_column).norm()) == pytest.approx(5**0.5)
+    assert share.retained() == {"a": pytest.approx((9 + 1) / (9 + 1 + 1 + 1))}  # squares of them
 
 
 def test_example_an_update_counts_the_same_however_it_is_split():
@@ -256,26 +237,14 @@ def test_example_an_update_counts_the_same_however_it_is_split():
     assert same_span(betas[0][0], betas[1][0])
 
 
-def test_example_a_direction_that_no_task_uses_is_lost_in_a_merge():
-    first, second, third = torch.eye(3).unsqueeze(-1).tolist()  # e1, e2, e3 as columns
-    adapters = one_layer(first, second, third)
-    share = Share.from_adapters({t: adapters[t] for t in "ab"}, variance=1.0)
-    assert same_span(share.bases["x"][0], torch.eye(3)[:, :2].double())  # e1 and e2
+def test_example_a_direction_no_task_uses_is_lost_in_a_merge():
+    first, second, third = torch.eye(3).unsqueeze(-1)  # e1, e2, e3 as columns
+    a, b, c = [Adapter({"x": (column, torch.ones(1, 2))}) for column in (first, second, third)]
+    share = Share.from_adapters({"a": a, "b": b}, variance=1.0)
+    assert same_span(share.bases["x"][0], torch.cat([first, second], 1))
     share.remove("b")
-    share.merge({"c": adapters["c"]}, variance=1.0)
-    assert same_span(share.bases["x"][0], torch.eye(3)[:, [0, 2]].double())  # e1 and e3
-
-
-def test_example_a_basis_gets_smaller_where_tasks_were_cut_to_p_1():
-    full = [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
-    adapters = one_layer(full, [[0.0], [0.0], [1.0]])
-    share = Share.from_adapters({"a": adapters["a"]}, variance=1.0, p=1)
-    assert share.bases["x"][0].shape == (3, 2)
-    share.merge({"b": adapters["b"]}, variance=1.0)  # a column of each task is stacked
-    assert share.bases["x"][0].shape == (3, 2)
-    share.remove("a")
-    share.merge(one_layer([[0.0], [0.0], [2.0]]), variance=1.0)
-    assert share.bases["x"][0].shape == (3, 1)
+    share.merge({"c": c}, variance=1.0)
+    assert same_span(share.bases["x"][0], torch.cat([first, third], 1))
 
 
 def test_the_papers_count_688128_against_1456():
@@ -301,11 +270,11 @@ def test_the_whole_way_of_the_docstring_runs(capsys):
 
 
 # --- What the tests use
-
 pytestmark = pytest.mark.filterwarnings("error")  # a warning that is ours is a failure
 torch.set_num_threads(1)  # these matrices are too small for more
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 randn = functools.partial(torch.randn, dtype=torch.float64)
+assert_all_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 AUTOCAST = functools.partial(torch.autocast, DEVICE, torch.bfloat16)
 
 
@@ -331,20 +300,11 @@ def make_share(tasks="ab", dtype=torch.float64, shapes=SHAPES, **settings):
     return Share.from_adapters(make_adapters(tasks, shapes=shapes, dtype=dtype), **settings)
 
 
-class Net(nn.Module):  # a model that is not ours
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(30, 20)
-        self.norm = nn.BatchNorm1d(20)
-        self.middle = nn.Linear(20, 12)
-        self.second = nn.Linear(12, 40, bias=False)
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.middle(self.norm(self.first(x)))))
-
-
 def net(dtype=torch.float64):
-    return Net().to(DEVICE, dtype).eval()
+    """A model that is not ours."""
+    layers = {"first": nn.Linear(30, 20), "norm": nn.BatchNorm1d(20), "middle": nn.Linear(20, 12)}
+    layers |= {"tanh": nn.Tanh(), "second": nn.Linear(12, 40, bias=False)}
+    return nn.Sequential(OrderedDict(layers)).to(DEVICE, dtype).eval()
 
 
 def attached(tasks="ab", dtype=torch.float64, **settings):
@@ -366,15 +326,14 @@ def fit(model, parameters, x, steps=5):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * steps)
     losses = []
     for _ in range(steps):
-        losses.append(0)
-        for part in x.chunk(2):
-            loss = square_loss(model, part) / 2
+        for half in x.chunk(2):
+            loss = square_loss(model, half)
             loss.backward()
-            losses[-1] += loss.item()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        losses.append(loss.item())
     return losses
 
 
@@ -416,17 +375,12 @@ def tensors(share):
     return bases(share) + [eps for pair in held for eps in pair]
 
 
-def assert_all_equal(found, expected):
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
-
-
 def state(share, model=None):
     """Everything that what fails must leave as it was, as plain values."""
     model = model or nn.Identity()
     numbers = copy.deepcopy(dict(enumerate(tensors(share))) | model.state_dict())
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    modules = [(type(m), m.training) for m in model.modules()]
+    modules = [(type(m), m.training, len(m._forward_pre_hooks)) for m in model.modules()]
     return numbers, flags, copy.deepcopy(list(share.records.items())), share.selected, modules
 
 
@@ -436,12 +390,12 @@ def changed(before, after):
 
 
 @contextlib.contextmanager
-def assert_unchanged(share, model=None):
+def assert_unchanged(share, model=None, but=()):
     before = state(share, model)
     yield
     after = state(share, model)
     assert before[1:] == after[1:]
-    assert changed(before[0], after[0]) == []
+    assert changed(before[0], after[0]) == list(but)
 
 
 def refused(words):
@@ -465,7 +419,9 @@ def start_of(share, model, **settings):
     return start
 
 
-# --- Directions
+# --- Directions and coefficients
+MIRRORED = torch.tensor([2.0, 1.0, 1.0, -2.0, -1.0, -1.0]) * torch.eye(3).repeat(1, 2)
+TWELFTHS = torch.cat([torch.eye(12), -torch.eye(12)], 1).double()  # each direction is a twelfth
 
 
 def with_singular_values(values, n, m):
@@ -483,35 +439,25 @@ def test_faint_directions_beside_heavy_ones_are_those_of_the_svd(shape, dtype):
     assert (expected.T @ light_half).norm() ** 2 / 10 > 0.99
 
 
-@variants(grow=[True, False], stack=STACKS)
-def test_faint_directions_survive_a_share_and_a_merge(stack, grow):
-    B = with_singular_values(torch.tensor([1.0, 0.9, 3e-5, 1e-5]).double(), 40, 4)
-    adapter = Adapter({"x": (B, torch.linalg.qr(randn(30, 4)).Q.T)})
-    share = Share.from_adapters({"a": adapter}, k=4, stack=stack)
-    share.merge(make_adapters("b", (1,), {"x": (40, 30)}), k=5, grow=grow)
-    expected = torch.linalg.svd(B).U[:, :4]
-    assert (expected.T @ share.bases["x"][0]).norm() ** 2 > 3.99  # all four lie in it
-
-
 @variants(stack=STACKS, dtype=[torch.float64, torch.float32])
-def test_one_adapter_merged_eleven_times_is_one_direction(stack, dtype):
-    same = make_adapters("a", (1,), dtype=dtype)["a"]
-    share = Share.from_adapters({"a": same, "b": same, "c": same}, stack=stack)
+def test_one_adapter_merged_many_times_keeps_its_directions(stack, dtype):
+    """Faint directions stay as well, and rounding brings none."""
+    B = with_singular_values(torch.tensor([1.0, 0.9, 3e-5, 1e-5]).double(), 40, 4)
+    same = Adapter({"x": (B.to(dtype), torch.linalg.qr(randn(30, 4)).Q.T.to(dtype))})
+    share = Share.from_adapters({"a": same, "b": same}, variance=1.0, stack=stack)
     for i in range(11):
         share.merge({str(i): same}, variance=1.0, grow=i % 2 == 0)
-    assert set(sizes(share)) == {1}
+    beta, alpha = share.bases["x"]
+    assert same_span(beta.double(), torch.linalg.svd(B).U[:, :4], 0.02)
+    assert alpha.shape == (30, 4)
     assert error(share, dict.fromkeys(share.tasks, same)) < 1e-5
-
-
-MIRRORED = torch.tensor([2.0, 1.0, 1.0, -2.0, -1.0, -1.0]) * torch.eye(3).repeat(1, 2)
-TENTHS = torch.cat([torch.eye(10), -torch.eye(10)], 1).double()  # each direction a tenth of it
 
 
 @cases(
     "stack, variance, k",
     (MIRRORED, 5 / 6, 2),  # energies 4, 1, 1, and a mean of 0: five sixths are 4 + 1
     (MIRRORED, 5 / 6 + 1e-6, 3),
-    *[(0.1**0.5 * TENTHS, i / 10, i) for i in range(1, 11)],  # in spite of rounding
+    *[(TWELFTHS, i / 12, i) for i in range(1, 13)],  # in spite of rounding
     (torch.full((99, 99), 999.0).half(), 0.6, 1),  # its norm is infinite in half precision
     (torch.zeros(3, 5), 0.6, 0),
 )
@@ -532,31 +478,18 @@ def test_the_mean_is_a_direction_unless_it_lies_in_the_basis():
 
 
 @variants(t=[1, 2, 3, 40, 90], dtype=[torch.float32, torch.float64])
-def test_identical_columns_are_one_direction(t, dtype):
+def test_identical_columns_are_one_direction_zeros_are_none(t, dtype):
     column = torch.randn(50, 1, dtype=dtype)
     for settings in ({"variance": 1.0}, {"k": 7}):
         basis = build_basis(column.expand(50, t), **settings)
         assert same_span(basis, column / column.norm())
+        assert build_basis(torch.zeros(50, t), **settings).shape == (50, 0)
 
 
-def test_nothing_has_no_direction():
-    assert build_basis(torch.zeros(3, 5), k=3).shape == (3, 0)
-
-
-def test_one_adapter_of_high_rank_makes_no_others_wide():
-    """What a stack costs goes by the sum of the ranks, not by the largest rank for each task."""
-
-    def flops(ranks):
-        tasks = [str(i) for i in range(len(ranks))]
-        adapters = make_adapters(tasks, ranks, {"x": (64, 64)})
-        with FlopCounterMode(display=False) as counter:
-            Share.from_adapters(adapters, stack="updates")
-        return counter.get_total_flops()
-
-    assert flops([1] * 20 + [32]) < 1.5 * flops([4] * 13)
-
-
-# --- Coefficients
+@variants(stack=STACKS, side=[0, 1])
+def test_one_adapter_of_high_rank_makes_no_others_wide(stack, side):
+    pairs = {str(r): (randn(50, r), randn(60, r)) for r in (1, 2, 32)}
+    assert module.side_by_side(pairs, side, stack).shape[1] == 1 + 2 + 32
 
 
 def best(delta, p):
@@ -575,7 +508,8 @@ def test_rank_p_coefficients_are_the_best_the_bases_allow(p, dtype):
         inside = beta @ beta.T @ adapter.delta(layer) @ alpha @ alpha.T
         assert relative(share.reconstruct(task).delta(layer), best(inside, p)) < 1e-5
         eps_beta, eps_alpha = share.coefficients[layer][task]
-        assert eps_beta.shape[1] == eps_alpha.shape[1] <= p
+        r = len(adapter.factors[layer][1])
+        assert eps_beta.shape[1] == eps_alpha.shape[1] <= min(p, r)
         assert eps_beta.dtype == eps_alpha.dtype == dtype
         assert relative(eps_beta.norm(dim=0), eps_alpha.norm(dim=0)) < 1e-4  # evenly split
 
@@ -590,8 +524,6 @@ def test_retained_is_one_minus_the_squared_relative_error():
 
 
 # --- Merges
-
-
 @variants(rule=[{}, {"variance": 1.0}, {"k": 9}, {"k": 4}, {"k": 2}], stack=STACKS)
 def test_growing_keeps_all_and_adds_directions_from_outside(rule, stack):
     share = make_share("ab", stack=stack, k=3)
@@ -639,14 +571,6 @@ def test_growing_keeps_a_small_adapter_beside_a_huge_one(inside, stack):
     assert error(share, new) < 1e-4
 
 
-def test_a_basis_grown_by_faint_directions_is_orthonormal():
-    share = make_share("a", shapes={"x": (8, 30)}, variance=1.0)
-    B = randn(8, 8) @ with_singular_values(torch.logspace(0, -5.5, 8).double(), 8, 30)
-    share.merge({"b": Adapter({"x": (B, randn(30, 30))})}, variance=1.0, grow=True)
-    beta, _ = share.bases["x"]
-    assert torch.allclose(beta.T @ beta, torch.eye(8).to(beta), atol=1e-10)
-
-
 def test_with_p_1_a_merge_keeps_what_tasks_use_growing_keeps_all():
     share = make_share("abc", variance=1.0, p=1)
     grown = copy.deepcopy(share)
@@ -689,32 +613,26 @@ def test_rounding_left_of_a_lost_task_takes_no_direction():
 
 def test_the_variance_rule_applied_afresh_forgets_ours_does_not():
     adapters = make_adapters("abcdefghijklmnop", (2,), shared=8)
-    first = {task: adapters[task] for task in "abcd"}
+    first = {task: adapters.pop(task) for task in "abcd"}
     ours = Share()
-    ours.merge(first)
-    grown = copy.deepcopy(ours)
-    before = ours.retained()
     published = SlowShare(0.6)
     published.new_basis = lambda stack, old_basis: slow_directions(stack, 0.6)
     published.factors["first"] = {task: first[task].factors["first"] for task in first}
-    for task in "efghijklmnop":
-        ours.merge({task: adapters[task]})
-        grown.merge({task: adapters[task]}, grow=True)
-        published.merge({task: adapters[task]})
+    ours.merge(first)
+    before = ours.retained()
+    for task, adapter in adapters.items():
+        ours.merge({task: adapter})
+        published.merge({task: adapter})
     for task in first:
         B, A = published.factors["first"][task]
-        assert relative(B @ A, adapters[task].delta("first")) > 0.9  # next to nothing is left
-        assert grown.retained()[task] == pytest.approx(before[task])
+        assert relative(B @ A, first[task].delta("first")) > 0.9  # next to nothing is left
     assert sum(ours.retained()[task] for task in first) > 0.5 * sum(before.values())
 
 
 # --- A share and its adapters
-
-
 def test_extras_and_config_travel_with_their_task_as_copies():
-    adapter = make_adapters("a")["a"]
-    adapter.extras["head"] = torch.ones(3, 4).half()
-    adapter.config["task_type"] = "SEQ_CLS"
+    head = torch.ones(3, 4).half()
+    adapter = Adapter(GOOD.factors, {"head": head.clone()}, {"task_type": "SEQ_CLS"})
     share = Share.from_adapters({"a": adapter})
     model = share.attach(net())
     for _ in range(2):  # neither what came in nor what goes out is the share's own
@@ -722,7 +640,7 @@ def test_extras_and_config_travel_with_their_task_as_copies():
         adapter.config.clear()
         train_coefficients(share, model, "a", [batch()], square_loss, finetune=True)
         adapter = share.reconstruct("a")
-        assert torch.equal(adapter.extras["head"], torch.ones(3, 4).half())
+        assert torch.equal(adapter.extras["head"], head)
         assert adapter.config == {"task_type": "SEQ_CLS"}
     numbers = sum(eps.numel() for held in share.coefficients.values() for eps in held["a"])
     assert train.num_parameters(share, "a") == 3 * 4 + numbers
@@ -808,29 +726,7 @@ def test_a_removed_task_is_no_longer_selected(selected, left):
     assert share.selected == left
 
 
-def test_whatever_comes_and_goes_each_task_has_its_own_numbers():
-    share, model = attached("abc")
-    late = make_adapters("de")
-    for change in (
-        lambda: share.remove("b"),
-        lambda: share.add("d", late["d"], p=1),
-        lambda: train_coefficients(share, model, "new", [batch()], square_loss, p=2),
-        lambda: share.remove("a"),
-        lambda: share.merge({"e": late["e"]}, grow=True),
-        lambda: train_coefficients(share, model, "c", [batch()], square_loss, finetune=True),
-    ):
-        before = {task: share.reconstruct(task) for task in share.tasks}
-        change()
-        kept = before.keys() & set(share.tasks) - {"c"}
-        assert error(share, {task: before[task] for task in kept}) < 1e-12
-        for layer, task in itertools.product(SHAPES, share.tasks):
-            rows = [len(eps) for eps in share.coefficients[layer][task]]
-            assert rows == [basis.shape[1] for basis in share.bases[layer]]
-
-
 # --- With a model
-
-
 @variants(assign=[False, True])
 def test_attach_changes_outputs_alone_and_detach_undoes_it(assign):
     share = make_share(dtype=torch.float32)
@@ -839,13 +735,11 @@ def test_attach_changes_outputs_alone_and_detach_undoes_it(assign):
     plain = copy.deepcopy(model.state_dict())
     flags = state(share, model)[1]
     with assert_unchanged(share, model):
-        returned = share.attach(model)
+        share.attach(model)
         assert state(share, model)[1] == flags
         model.load_state_dict(plain, assign=assign)  # the plain model's fits
         model(batch(torch.float32))
         share.detach(model)
-    assert returned is model
-    assert not model.first._forward_pre_hooks
 
 
 @cases("dtype, tolerance", (torch.float32, 1e-5), (torch.bfloat16, 0.05))
@@ -883,26 +777,16 @@ def of_shape(linear, *shape):
     (lambda: patched(nn.Linear(12, 40, device="meta")), "its forward is patched"),  # offloaded
     (lambda: prune.identity(nn.Linear(12, 40), "weight"), "its weight is computed"),
     (lambda: parametrizations.weight_norm(nn.Linear(12, 40)), "its weight is computed"),
-    (lambda: attached()[1].second, "is ShareLinear; it takes Linear itself"),
     (lambda: nn.MultiheadAttention(40, 1).out_proj, "is NonDynamically"),  # is never called
 )
-def test_attach_names_the_layer_and_the_reason_and_changes_nothing(make, words):
+def test_attach_refuses_with_layer_and_reason_changing_nothing(make, words):
     share = make_share()
-    model = Net()
+    model = net()
     model.second = make()
-    before = [(m, len(m._forward_pre_hooks), type(m)) for m in model.modules()]
+    before = state(share, model)[1:]
     with assert_unchanged(share), refused(f"layer 'second' .*{words}"):
         share.attach(model)
-    assert before == [(m, len(m._forward_pre_hooks), type(m)) for m in model.modules()]
-
-
-def test_a_layer_that_is_patched_after_attach_answers_as_before():
-    share, model = attached()
-    share.select("a")
-    x = batch()
-    expected = model(x)
-    patched(model.first)
-    assert torch.equal(model(x), expected)
+    assert state(share, model)[1:] == before
 
 
 @cases(
@@ -943,28 +827,6 @@ def test_a_copied_model_has_a_share_of_its_own():
     train_coefficients(copied.first.share, copied, "new", [x], square_loss)
     copied.first.share.detach(copied, "a")
     assert isinstance(model.first, ShareLinear)
-
-
-def test_a_task_leaves_a_layer_alone_that_its_adapter_lacks():
-    adapters = make_adapters("ab")
-    del adapters["a"].factors["second"]
-    share = Share.from_adapters(adapters)
-    model = share.attach(net())
-    assert share.factors("second", "a") is None
-    x = randn(2, 12).to(DEVICE)
-    bare, of_a, of_b = outputs(share, model.second, x, (None, "a", "b"))
-    assert torch.equal(of_a, bare)
-    assert not torch.equal(of_b, bare)
-
-
-def test_attaching_again_adds_the_layers_that_a_merge_brought():
-    share, model = attached()
-    share.merge(make_adapters("c", shapes={"middle": (12, 20)}))
-    x = randn(4, 20).to(DEVICE)
-    expected = model.middle(x) + x @ share.reconstruct("c").delta("middle").T.to(x)
-    share.attach(model)
-    share.select("c")
-    assert torch.allclose(model.middle(x), expected)
 
 
 def test_a_layer_of_two_names_has_one_adapter_which_is_its_own():
@@ -1019,39 +881,16 @@ def test_two_shares_on_one_model_come_and_go_in_any_order(a, b, c, d):
     assert torch.equal(none, bare)
 
 
-@variants(selected=["a", ["a", "b"] * 8])
-def test_half_precision_is_the_models_alone_a_device_is_not(selected):
-    share, model = attached(dtype=torch.float32)
-    x = batch(torch.bfloat16)
-    with assert_unchanged(share):
-        model.to(torch.bfloat16)
-    share.select(selected)
-    found = model.first(x)
-    bare = nn.functional.linear(x, model.first.weight, model.first.bias)
-    assert found.dtype == model(x).dtype == torch.bfloat16
-    for i in range(16):
-        delta = share.reconstruct(selected[i % len(selected)]).delta("first")
-        assert relative(found[i].float(), bare[i].float() + x[i].float() @ delta.T) < 0.01
-
-
 def test_a_shares_numbers_follow_the_model_but_not_to_meta():
+    """Where they are on the model's device, a forward does not even look at them."""
     share, model = attached(dtype=torch.float32)
-    model.to("cpu")(batch(torch.float32).cpu())
+    x = batch(torch.float32).cpu()
+    model.to("cpu")(x)
+    model.to("meta")(x.to("meta"))
     assert {tensor.device.type for tensor in tensors(share)} == {"cpu"}
-    model.to("meta")(torch.zeros(2, 30, device="meta"))
-    assert {tensor.device.type for tensor in tensors(share)} == {"cpu"}
-    before = tensors(share)
-    share.attach(net(torch.float32).to("cpu"))
-    assert_all_equal(tensors(share), before)
-
-
-def test_moving_a_model_that_is_there_touches_no_coefficient():
-    share, model = attached(dtype=torch.float32)
-    share.select(None)
-    held = share.coefficients["first"]
-    held["a"] = None  # whatever looks at it fails
-    model.to(DEVICE).half().float()(batch(torch.float32))
-    assert held["a"] is None
+    share.coefficients["first"]["a"] = None  # whatever moves it fails
+    share.attach(net(torch.float32).to("cpu")).half().float()(x)
+    assert share.coefficients["first"]["a"] is None
 
 
 def test_a_compiled_model_follows_the_selection_without_a_break():
@@ -1079,11 +918,9 @@ def test_a_step_costs_what_a_lora_of_rank_p_costs(p):
 
 
 def test_each_sample_of_a_mixed_batch_gets_its_own_task():
-    adapters = make_adapters("abc", (3, 1, 2))
-    del adapters["b"].factors["second"]
-    share = Share.from_adapters(adapters, variance=0.9)
-    model = share.attach(net())
-    names = ["b", None, "a", "c", "a", None]
+    share, model = attached("abc", variance=0.9)
+    share.merge(make_adapters("d", (1,), {"first": SHAPES["first"]}))  # it lacks the second layer
+    names = ["d", None, "a", "c", "a", None]
     for x, run in ((randn(6, 4, 5, 30).to(DEVICE), model.first), (batch(size=6), model)):
         each = [outputs(share, run, x[i : i + 1], [name])[0] for i, name in enumerate(names)]
         for mixed in outputs(share, run, x, (names, (name for name in names))):
@@ -1096,33 +933,28 @@ def test_each_sample_of_a_mixed_batch_gets_its_own_task():
 
 
 # --- Any training loop
-
-
 @cases("p, phi, mode", (1, 0, True), (2, 0, False), (2, 3, True))
 def test_in_the_block_the_new_parameters_alone_are_trained(p, phi, mode):
     share, model = attached(variance=1.0)
     model.train(mode)  # in which a batch changes the buffers of `norm`
     model.register_buffer("cache", torch.zeros(3), persistent=False)
-    model.register_buffer("grown", torch.zeros(3))
+    model.register_buffer("grown", torch.zeros(1))
     square_loss(model, batch()).backward()  # gradients from before count for nothing
-    before = state(share, model)
-    plain = copy.deepcopy(model.state_dict())
-    shapes = [basis.shape for basis in bases(share)]
-    with share.learn(model, "new", p=p, phi=phi) as parameters:
+    plain = model.state_dict().keys()
+    count = sum((k + phi) * p + n * phi for n, k in [basis.shape for basis in bases(share)])
+    unchanged = assert_unchanged(Share(), model, but=["grown"])
+    with unchanged, share.learn(model, "new", p=p, phi=phi) as parameters:
         start = copy.deepcopy(model.state_dict())
         trainable = [q for q in model.parameters() if q.requires_grad]
         assert list(map(id, trainable)) == list(map(id, parameters))
-        assert sum(q.numel() for q in trainable) == sum((k + phi) * p + n * phi for n, k in shapes)
+        assert sum(q.numel() for q in trainable) == count
         fit(model, list(model.parameters()), batch(), steps=1)
         model.cache += 1
         end = copy.deepcopy(model.state_dict())  # a checkpoint
         model.load_state_dict(end)
-        assert {x for x in changed(start, end) if "norm" not in x} == start.keys() - plain.keys()
-        model.grown = torch.zeros(2)
-    share.remove("new")
-    assert changed(plain, model.state_dict()) == ["grown"]
-    assert torch.equal(model.cache, torch.ones(3))  # which no checkpoint has
-    assert before[1:] == state(share, model)[1:]
+        assert {x for x in changed(start, end) if "norm" not in x} == start.keys() - plain
+        model.grown = torch.ones(3)
+    assert torch.equal(model.cache, model.grown)  # no checkpoint has it: it stays, too
 
 
 def test_learning_takes_no_global_random_numbers():
@@ -1132,7 +964,7 @@ def test_learning_takes_no_global_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_learning_starts_alike_whatever_the_global_state_and_device():
+def test_learning_starts_alike_in_any_global_state_or_device():
     share, model = attached()
     first = start_of(share, model, p=2)
     torch.manual_seed(5)
@@ -1197,7 +1029,7 @@ def test_every_earlier_output_stays_bit_for_bit_the_same(selected):
     assert_all_equal(outputs(share, model, x, (*tasks, "new")), [*before, end])
 
 
-def interrupt(model, x):
+def press_ctrl_c(model, x):
     model.first.share.select("a")
     raise KeyboardInterrupt("Ctrl-C")
 
@@ -1206,10 +1038,8 @@ def interrupt(model, x):
 @cases(
     "losses, words",  # one for each step
     ([square_loss, lambda m, x: m(x.T)], "cannot be multiplied"),
-    ([square_loss, square_loss, interrupt], "Ctrl-C"),
-    ([square_loss, lambda m, x: m(x).sum() * torch.nan], "NaN or infinity"),
+    ([square_loss, square_loss, press_ctrl_c], "Ctrl-C"),
     ([lambda m, x: (m(x) * 0).abs().sqrt().sum()], "NaN or infinity"),  # in its slope
-    ([lambda m, x: m(x).sum().detach()], "does not require grad"),
     ([lambda m, x: x.clone().requires_grad_().sum()], "no parameter has moved"),
     ([], "task '(new|a)': no parameter has moved; is the optimizer from the block"),
 )
@@ -1219,20 +1049,8 @@ def test_a_run_that_fails_or_learns_nothing_leaves_all(losses, words, settings):
     model.second.weight.requires_grad_(False)
     share.select("b")
     used = {"loss_fn": lambda model, step: losses[step](model, batch())} | settings
-    kinds = (ValueError, RuntimeError, KeyboardInterrupt)
-    with assert_unchanged(share, model), pytest.raises(kinds, match=words):
+    with assert_unchanged(share, model), pytest.raises(BaseException, match=words):
         train_coefficients(share, model, batches=range(len(losses)), **used)
-
-
-@variants(settings=[{"task": "new"}, {"task": "new", "phi": 1}, {"task": "a", "finetune": True}])
-def test_an_optimizer_made_before_the_block_is_an_error(settings):
-    share, model = attached()
-    early = torch.optim.AdamW(model.parameters())
-    with assert_unchanged(share), refused("no parameter has moved"), share.learn(model, **settings):
-        model.middle.requires_grad_(True)  # a head, which does move
-        square_loss(model, batch()).backward()
-        early.step()
-    train_coefficients(share, model, "new", [batch()], square_loss)
 
 
 @variants(phi=[0, 2], stack=STACKS)
@@ -1241,13 +1059,12 @@ def test_a_layer_that_the_loss_never_reached_is_no_part(stack, phi):
     before = copy.deepcopy(share)
     for settings in ({"task": "new", "phi": phi}, {"task": "a", "finetune": True}):
         with share.learn(model, **settings) as parameters:
-            fit(model.first, parameters, batch())
+            fit(model.first, parameters[::2], batch())  # of one side, which is enough
     assert share.reconstruct("new").factors.keys() == {"first"}
     assert share.reconstruct("a").factors.keys() == SHAPES.keys()
     share.merge(make_adapters("c", shapes={"first": SHAPES["first"]}))
     assert_all_equal(share.bases["second"], before.bases["second"])
-    for task in "ab":
-        assert_all_equal(share.coefficients["second"][task], before.coefficients["second"][task])
+    assert_all_equal(share.coefficients["second"], before.coefficients["second"])
 
 
 def test_what_would_break_a_block_is_refused_and_it_goes_on():
@@ -1256,16 +1073,9 @@ def test_what_would_break_a_block_is_refused_and_it_goes_on():
     held = [eps for tasks in share.coefficients.values() for eps in tasks["a"]]
     with share.learn(model, "a", finetune=True) as parameters:
         assert_all_equal(parameters, held)  # in the order of a new task's, for an optimizer's state
-        for call in (
-            lambda: enter(share, model, "other"),
-            lambda: share.merge(make_adapters("c")),
-            lambda: share.add("c", GOOD),
-            lambda: share.remove("a"),
-            lambda: share.detach(model),
-            lambda: share.select(["b", "a"]),
-        ):
+        for change in (*CHANGES, Share.detach, lambda share, model: share.select(["b", "a"])):
             with refused("task 'a' is being learned"):
-                call()
+                change(share, model)
         share.select(["b", None] * 8)  # a mixed batch of others is none of its business
         assert model(x).shape == (16, 40)
         share.select("a")
@@ -1278,37 +1088,37 @@ def test_what_would_break_a_block_is_refused_and_it_goes_on():
 def test_in_half_precision_a_block_learns_the_share_is_float32(half):
     dtype = torch.float32 if half == "autocast" else torch.bfloat16
     share, model = attached(dtype=dtype if half == "before the block" else torch.float32)
-    casts = torch.autocast(DEVICE, torch.bfloat16, enabled=half == "autocast")
     x = batch(dtype)
-    with casts, share.learn(model, "new", phi=1) as parameters:
+    with AUTOCAST(enabled=half == "autocast"), share.learn(model, "new", phi=1) as parameters:
         model.to(dtype)  # and what is learned
         losses = fit(model, parameters, x, 20)
         end = model(x)
-    share.select("new")
     assert losses[-1] < losses[0]
     assert end.dtype == torch.bfloat16
     assert {q.dtype for q in parameters} == {dtype}
     assert {tensor.dtype for tensor in tensors(share)} == {torch.float32}
-    assert relative(model(x).float(), end.float()) < 0.02
+    for out in outputs(share, model, x, ("new", ["new"] * 16)):
+        assert out.dtype == dtype
+        assert relative(out.float(), end.float()) < 0.02
 
 
 def learn_in_parallel(rank, folder, wrap, phi):
     """One process of two; or, without a wrap, the whole batch in one."""
     torch.manual_seed(0)
-    share = make_share("ab", torch.float32, SHAPES | {"unused": (5, 5)})
-    model = Net().eval()
-    model.unused = nn.Linear(5, 5)
+    share = make_share("ab", torch.float32, SHAPES | {"first.unused": (5, 5)})
+    model = net(torch.float32).cpu()
+    model.first.unused = nn.Linear(5, 5)
     share.attach(model)
-    x = batch(torch.float32)
+    x = batch(torch.float32).cpu()
     if wrap:
         torch.distributed.init_process_group("gloo", f"file://{folder}/all", None, 2, rank)
         x = x[rank::2]
     torch.manual_seed(rank)  # processes may be seeded differently
     with share.learn(model, "new", p=2, phi=phi) as parameters:
         run = model
-        if wrap == "ddp":
+        if wrap == "DistributedDataParallel":
             run = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        if wrap == "fsdp":
+        if wrap == "FSDPModule":
             fully_shard(model.first)
             fully_shard(model)
             parameters = [q for q in model.parameters() if q.requires_grad]
@@ -1316,17 +1126,15 @@ def learn_in_parallel(rank, folder, wrap, phi):
     assert all(parameter.requires_grad for parameter in model.parameters())
     if wrap:  # what another block trained would be each process's own
         run(x)  # after a forward a sharded model holds plain tensors
-        name = {"ddp": "DistributedDataParallel", "fsdp": "FSDPModule"}[wrap]
-        for wrapped in (run, nn.Sequential(run)):
-            with refused(f"the model is in {name}: wrap"):
-                enter(share, wrapped, "other")
+        with refused(f"the model is in {wrap}: wrap"):
+            enter(share, run, "other")
     share.save(folder / f"{wrap} {rank}")
     if wrap:
         torch.distributed.barrier()
         os._exit(0)  # as a process ends in the usual way, gloo's threads abort it now and then
 
 
-@variants(wrap=["ddp", "fsdp"], phi=[0, 2])
+@variants(wrap=["DistributedDataParallel", "FSDPModule"], phi=[0, 2])
 def test_parallel_ranks_end_equal_and_as_one_process(tmp_path, wrap, phi):
     torch.multiprocessing.spawn(learn_in_parallel, (tmp_path, wrap, phi), nprocs=2)
     learn_in_parallel(0, tmp_path, None, phi)
@@ -1337,92 +1145,57 @@ def test_parallel_ranks_end_equal_and_as_one_process(tmp_path, wrap, phi):
     assert error(one, {"new": alone}) < 1e-3
 
 
-@variants(name=["FullyShardedDataParallel", "DeepSpeedEngine"])
-def test_other_wrappers_are_known_by_their_class_names(name):
-    share, model = attached()
-    wrapper = type(name, (nn.Sequential,), {})
-    subclass = type("Mine", (wrapper,), {})
-    for wrapped in (wrapper(model), subclass(nn.Sequential(model))):
-        with assert_unchanged(share, model), refused(f"the model is in {name}"):
-            enter(share, wrapped)
-
-
 def test_a_head_unfrozen_in_the_block_trains_and_is_the_callers():
     share, model = attached(dtype=torch.float32)
     model.middle.bias.requires_grad_(False)
-    before = state(share, model)
-    with share.learn(model, "new") as parameters:
-        model.middle.requires_grad_(True)
-        losses = fit(model, [*parameters, *model.middle.parameters()], batch(torch.float32), 20)
-    share.remove("new")
-    after = state(share, model)
+    head = list(model.middle.parameters())
+    x = batch(torch.float32)
+    with assert_unchanged(share, model, but=["middle.weight", "middle.bias"]):
+        with share.learn(model, "new") as parameters:
+            model.middle.requires_grad_(True)
+            losses = fit(model, [*parameters, *head], x, 20)
+        share.remove("new")
+        with refused("no parameter has moved"), share.learn(model, "new"):
+            model.middle.requires_grad_(True)
+            fit(model, head, x)  # as with an optimizer from before the block
     assert losses[-1] < 0.9 * losses[0]
-    assert changed(before[0], after[0]) == ["middle.weight", "middle.bias"]
-    assert before[1:] == after[1:]
 
 
-def test_under_autocast_a_loop_sees_the_newest_coefficients():
-    def loss_fn(model, x):
-        with torch.no_grad(), torch.autocast(DEVICE, enabled=False):
-            exact = square_loss(model, x).item()
-        rounded = square_loss(model, x)
-        assert rounded.item() == pytest.approx(exact, rel=0.05)
-        return rounded
-
-    share, model = attached(dtype=torch.float32)
-    x = [batch(torch.float32)] * 20
-    with AUTOCAST():
-        losses = train_coefficients(share, model, "new", x, loss_fn, lr=0.1)
-    assert losses[-1] < losses[0]
-
-
-def expanded():
-    return torch.zeros(1).expand(3)
-
-
-def of_inference_mode():
-    with torch.inference_mode():
-        return torch.zeros(3)
-
-
-def sparse():
-    return torch.eye(3).to_sparse()
-
-
-@variants(make=[expanded, of_inference_mode, sparse, lambda: torch.tensor([torch.nan])])
-def test_a_buffer_of_any_kind_costs_no_training(make):
+@variants(odd=[torch.zeros(1).expand(3), torch.eye(3).to_sparse(), torch.tensor([torch.nan])])
+def test_an_odd_buffer_costs_no_training_and_no_other_buffer(odd):
     share, model = attached()
-    model.register_buffer("odd", make())
+    model.register_buffer("odd", odd)
     model.norm.train()
     before = model.norm.running_mean.clone()
+    train_coefficients(share, model, "new", [batch()], square_loss)
+    assert torch.equal(model.norm.running_mean, before)
+
+
+def test_a_buffer_of_inference_mode_is_put_back():
+    share, model = attached()
+    with torch.inference_mode():
+        model.register_buffer("odd", torch.zeros(3))
     with share.learn(model, "new") as parameters:
         fit(model, parameters, batch())
-        assert not torch.equal(model.norm.running_mean, before)
         with torch.inference_mode():
-            if make is of_inference_mode:
-                model.odd += 1
-    assert "new" in share.tasks
-    assert torch.equal(model.norm.running_mean, before)
-    if make is of_inference_mode:
-        assert torch.equal(model.odd, torch.zeros(3))
+            model.odd += 1
+    assert torch.equal(model.odd, torch.zeros(3))
 
 
 def test_finetuning_goes_on_from_what_that_task_has():
     share, model = attached()
-    before = share.reconstruct("b")
     share.select("a")
     x = batch()
     start = square_loss(model, x).item()
     losses = train_coefficients(share, model, "a", [x] * 20, square_loss, finetune=True)
     assert losses[0] == pytest.approx(start)
     assert square_loss(model, x) < losses[-1] < start
-    assert error(share, {"b": before}) == 0
     assert share.retained()["a"] == pytest.approx(1)
     assert share.tasks == ["a", "b"]
 
 
-@variants(settings=[{}, {"grow": False}])
-def test_temporary_columns_reach_outside_and_end_in_a_merge(settings):
+@cases("settings, lossless", ({}, True), ({"grow": False}, False))
+def test_temporary_columns_reach_outside_and_end_in_a_merge(settings, lossless):
     share, model = attached(stack="updates", variance=0.9)
     share.variance = 0.1  # by its own rule a merge would take in one direction
     before = {task: share.reconstruct(task) for task in "ab"}
@@ -1435,7 +1208,6 @@ def test_temporary_columns_reach_outside_and_end_in_a_merge(settings):
     share.select("new")
     delta = share.reconstruct("new").delta("first")
     assert (delta - beta @ (beta.T @ delta)).norm() > 0.01 * delta.norm()
-    lossless = settings == {}  # by default
     assert torch.equal(share.bases["first"][0][:, : k[0]], beta) == lossless
     assert (relative(model(x), end) < 1e-6) == lossless
     assert (error(share, before) < 1e-6) == lossless
@@ -1444,10 +1216,8 @@ def test_temporary_columns_reach_outside_and_end_in_a_merge(settings):
 
 
 # --- The share's file
-
-
 def test_a_saved_share_loads_with_every_number_the_same(tmp_path):
-    adapters = make_adapters(["a/b", "a_b", "", "tensor"])
+    adapters = make_adapters(["a/b", "a_b", "", "Ω", "tensor"])
     adapters["tensor"].extras["tensor"] = torch.randn(2, 2).half()
     adapters["tensor"].config["tensor"] = {"tensor": 3}
     del adapters["a_b"].factors["first"]
@@ -1481,9 +1251,8 @@ def test_nothing_in_the_header_grows_with_the_tasks(tmp_path):
         Share.from_adapters(adapters, k=1).save(tmp_path / "share")
         raw = (tmp_path / "share").read_bytes()
         headers.append(int.from_bytes(raw[:8], "little"))
-        assert Share.load(tmp_path / "share").tasks == names[:t]
         with safetensors.safe_open(tmp_path / "share", "pt") as file:  # as any reader does
-            assert {"0.basis.0", "state", "checksum"} <= set(file.keys())  # noqa: SIM118 - it is no dict
+            assert {"0.basis.0", "0.eps.1", "state", "checksum"} <= set(file.keys())
     assert headers[1] - headers[0] < 200  # some digits of shapes and offsets
 
 
@@ -1496,56 +1265,62 @@ def assert_whole(share):
             assert [len(eps) for eps in pair] == [b.shape[1] for b in share.bases[layer]]
 
 
-@cases(
-    "change",
-    lambda share, model: share.add("c", GOOD),
-    lambda share, model: share.merge({"c": GOOD}),
-    lambda share, model: share.merge({"c": GOOD}, grow=True),
-    lambda share, model: share.remove("a"),
-    lambda share, model: train_coefficients(share, model, "new", [batch()], square_loss),
-    lambda share, model: train_coefficients(share, model, "new", [batch()], square_loss, phi=1),
-)
-def test_whatever_interrupts_a_change_sees_whole_tasks(change):
-    def trace(frame, event, argument):  # called before each line of share.py, as a signal may be
-        if frame.f_code.co_filename != module.__file__ or sys.gettrace() is None:
+def interrupted(interrupt, function, *arguments):
+    """Call a function, and interrupt before each line of share.py, as a signal or a thread may."""
+
+    def trace(frame, event, argument):  # nothing is traced in here
+        if frame.f_code.co_filename not in files:
             return None
-        sys.settrace(None)
-        assert_whole(share)
         lines.append(frame.f_lineno)
-        sys.settrace(trace)
+        interrupt()
         return trace
 
-    share, model = attached()
+    files = (module.__file__, Path.write_bytes.__code__.co_filename)  # and before each of pathlib
     lines = []
     sys.settrace(trace)
     try:
-        change(share, model)
+        function(*arguments)
     finally:
         sys.settrace(None)
     assert len(lines) > 10
 
 
-def test_a_share_saved_while_a_thread_changes_it_is_whole(tmp_path):
-    def change():
-        for i in itertools.count():
-            share.add(str(i), adapters["new"])
-            if i % 2 == 1:
-                share.remove(str(i))
-            if stop.is_set():
-                return
+CHANGES = [
+    lambda s, model: s.add("c", GOOD, p=1),
+    lambda s, model: train_coefficients(s, model, "d", [batch()], square_loss, p=2),
+    lambda s, model: train_coefficients(s, model, "e", [batch()], square_loss, phi=1),
+    lambda s, model: train_coefficients(s, model, "b", [batch()], square_loss, finetune=True),
+    lambda s, model: s.remove("b"),
+    lambda s, model: s.merge({"f": GOOD}),
+    lambda s, model: s.merge({"g": GOOD}, grow=True),
+]
 
-    adapters = make_adapters(["a", "new"], shapes={f"layer {i}": (4, 4) for i in range(30)})
-    share = Share.from_adapters({"a": adapters["a"]})
-    stop = threading.Event()
-    thread = threading.Thread(target=change)
-    thread.start()
-    try:
-        for _ in range(40):
-            share.save(tmp_path / "share")
-            assert_whole(Share.load(tmp_path / "share"))
-    finally:
-        stop.set()
-        thread.join()
+
+def test_each_change_shows_whole_tasks_and_spares_the_others():
+    share, model = attached(variance=1.0)
+    for change in CHANGES:
+        before = {task: share.reconstruct(task) for task in share.tasks}
+        interrupted(lambda: assert_whole(share), change, share, model)
+        kept = before.keys() & set(share.tasks) - {"b"}  # b is trained on
+        assert error(share, {task: before[task] for task in kept}) < 1e-9
+
+
+def test_a_save_is_whole_whoever_else_changes_saves_or_loads(tmp_path):
+    def interrupt():
+        loaded = Share.load(path)
+        assert_whole(loaded)
+        seen.add(loaded.tasks[0])
+        other.save(path)
+        share.add(str(len(share.tasks)), GOOD)
+
+    path = tmp_path / "share"
+    share = make_share("ab")
+    other = make_share("xyz")
+    other.save(path)
+    seen = set()
+    interrupted(interrupt, share.save, path)
+    assert seen == {"a", "x"}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path):
@@ -1582,34 +1357,16 @@ def test_a_save_that_fails_says_why_and_leaves_what_was(tmp_path, save, words):
     with pytest.raises((ValueError, OSError), match=words):
         save(share, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def save_over_and_over(rank, folder):
-    share = make_share("ab" if rank == 0 else "abcdefgh")  # of different sizes
-    (folder / f"ready {rank}").touch()
-    saves = 0
-    while saves < 200:  # from when both are there
-        share.save(folder / "share")
-        saves += len(list(folder.glob("ready *"))) == 2
-
-
-def test_two_processes_save_to_one_path_while_a_third_loads(tmp_path):
-    make_share().save(tmp_path / "share")
-    savers = torch.multiprocessing.spawn(save_over_and_over, (tmp_path,), nprocs=2, join=False)
-    while not savers.join(timeout=0.001):  # raises if one of them fails
-        assert Share.load(tmp_path / "share").tasks in (list("ab"), list("abcdefgh"))
-    assert {path.name for path in tmp_path.iterdir()} == {"share", "ready 0", "ready 1"}
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}.*"))
 
 
 # --- Refusals: each beside what is accepted
-
 ADAPTERS = make_adapters("ab")
 GOOD = make_adapters("c")["c"]
 UNKNOWN = r"task 'x' is unknown; the share has \['a', 'b'\]"
 EYE = torch.eye(5)
 X = [Adapter({"x": (torch.ones(n, 1), torch.ones(1, 3))}) for n in (4, 5)]
-ZERO = Adapter({"first": (torch.zeros(20, 1), torch.ones(1, 30))})
-NOTHING = Share.from_adapters({"a": ZERO}, stack="updates")
+WRAPPERS = [type(x, (nn.Sequential,), {}) for x in ("FullyShardedDataParallel", "DeepSpeedEngine")]
 
 
 def enter(share, model, task="new", **settings):
@@ -1663,16 +1420,17 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(change, words):
     (lambda s, m: make_share().attach(nn.Identity()), "the model has no layer 'first'"),
     (lambda s, m: s.detach(nn.Identity()), "no layer of the model is attached"),
     (lambda s, m: s.detach(nn.Sequential(m.first), "a"), "layer 'second' is not attached"),
+    *[(lambda s, m, cls=cls: enter(s, nn.Sequential(cls(m))), cls.__name__) for cls in WRAPPERS],
     (lambda s, m: enter(s, nn.Identity()), "layer 'first' is not attached"),
     *[(lambda s, m, p=p: enter(s, m, p=p), "p is") for p in (0, None, 1.5)],
     *[(lambda s, m, v=v: enter(s, m, phi=v), f"phi is {v}; .* from 0 to 3") for v in (-1, 1.0, 4)],
-    (lambda s, m: enter(NOTHING, m, phi=1), "phi is 1; .* from 0 to 0"),
+    (lambda s, m: enter(Share(), m, phi=1), "phi is 1; .* from 0 to 0"),
     (lambda s, m: enter(s, m, "a"), "task 'a' exists"),
     (lambda s, m: enter(s, m, "a", finetune=True, phi=1), "phi is 1"),
     (lambda s, m: enter(s, m, "x", finetune=True), UNKNOWN),
     (lambda s, m: average(s, "", "new"), "adapter has no layers"),
-    *[(lambda s, m, x=x: attach_lora(Net(), x), "ends the name of no") for x in ([], ["third"])],
-    (lambda s, m: attach_lora(Net(), ["first"], 0), "r is 0"),
+    *[(lambda s, m, x=x: attach_lora(net(), x), "ends the name of no") for x in ([], ["third"])],
+    (lambda s, m: attach_lora(net(), ["first"], 0), "r is 0"),
     *[(lambda s, m, x=x: Router.fit({"b": x}), "'b': feat") for x in (EYE[:1], EYE[0], EYE / 0)],
     (lambda s, m: Router.fit({"a": EYE}).route(torch.ones(1, 4)), "features of 4 numbers.*5"),
 )
@@ -1688,6 +1446,9 @@ def test_what_cannot_be_made_found_or_learned_is_refused(call, words):
 
 
 # --- train.py: LoRA and PEFT's files
+LAYERS = {"model.layers.0.q_proj": (20, 30), "model.layers.1.q_proj": (20, 30), "lm_head": (7, 20)}
+DROPPED = "eva_config corda_config loftq_config rank_pattern alpha_pattern exclude_modules "
+DROPPED += "layers_to_transform layers_pattern"  # what finished weights do not need
 
 
 def test_a_lora_layer_starts_as_the_base_and_trains_its_factors():
@@ -1702,9 +1463,6 @@ def test_a_lora_layer_starts_as_the_base_and_trains_its_factors():
     adapter = lora_adapter(model)
     h = nn.functional.linear(x, plain.first.weight + adapter.delta("first"), plain.first.bias)
     assert torch.allclose(model.first(x), h, atol=1e-4)
-
-
-LAYERS = {"model.layers.0.q_proj": (20, 30), "model.layers.1.q_proj": (20, 30), "lm_head": (7, 20)}
 
 
 def peft_directory(path, changes=(), extras=(), dtype=torch.float32, r=4):
@@ -1724,7 +1482,6 @@ def peft_directory(path, changes=(), extras=(), dtype=torch.float32, r=4):
     ({}, [2, 2, 2]),
     ({"use_rslora": True}, [4, 4, 4]),
     ({"rank_pattern": {"q_proj": 4}, "r": 9}, [2, 2, 2]),
-    ({"alpha_pattern": {"q_proj": 1}}, [0.25, 0.25, 2]),
     ({"alpha_pattern": {"layers.0.q_proj": 1, "q_proj": 2}}, [0.25, 0.5, 2]),
     ({"alpha_pattern": {r".*\.1\..*": 16, "^lm_head": 4}}, [2, 4, 1]),
     ({"alpha_pattern": {"proj": 1, "m_head": 1, "q_pro": 1}}, [2, 2, 2]),
@@ -1741,52 +1498,32 @@ def test_the_scaling_is_folded_in_as_peft_computes_it(tmp_path, changes, scaling
 @variants(r=[1, 7, 20, 50])
 def test_a_peft_directory_goes_through_a_share_and_out_again(tmp_path, r):
     extras = {"base_model.model.head.weight": torch.randn(3, 2).half()}
-    peft_directory(tmp_path / "in", {"lora_alpha": 3, "use_rslora": True}, extras, r=r)
+    changes = {"lora_alpha": 3, "use_rslora": True, "init_lora_weights": "eva"}
+    peft_directory(tmp_path / "in", dict.fromkeys(DROPPED.split()) | changes, extras, r=r)
     adapter = load_peft(tmp_path / "in")
-    adapter.factors["lm_head"][0].zero_()
-    others = make_adapters("b", shapes={"lm_head": (7, 20)}, dtype=torch.float32)
-    Share.from_adapters({"a": adapter, **others}, variance=1.0).save(tmp_path / "share")
-    save_peft(Share.load(tmp_path / "share").reconstruct("a"), tmp_path / "out")
+    share = Share.from_adapters({"a": adapter}, variance=1.0)
+    save_peft(share.reconstruct("a"), tmp_path / "out")
     back = load_peft(tmp_path / "out")
-    for layer in LAYERS:
-        delta = adapter.delta(layer)
-        assert (back.delta(layer) - delta).norm() <= 1e-5 * delta.norm()
-    assert_all_equal(back.extras.values(), extras.values())
+    assert error(share, {"a": back}) < 1e-5
+    assert error(share, {"a": adapter}) < 1e-5
+    assert_all_equal(back.extras, extras)
     for key in ("base_model_name_or_path", "target_modules", "bias"):
         assert back.config[key] == adapter.config[key]
-
-
-def saved_by_peft(adapter, path):
-    """The tensors and the config that save_peft writes."""
-    save_peft(adapter, path)
-    config = json.loads((path / "adapter_config.json").read_text("utf-8"))
-    return safetensors.torch.load_file(path / "adapter_model.safetensors"), config
+    assert back.config.keys().isdisjoint(DROPPED.split())
+    assert back.config["init_lora_weights"] is True
 
 
 def test_save_peft_writes_every_layer_at_the_largest_rank(tmp_path):
-    shapes = {f"layers.{i}.q": (8, 8) for i in range(3)}
-    adapter = make_adapters("a", (1, 2, 5), shapes, torch.float32)["a"]
-    for r, layer in enumerate(shapes, 1):
-        adapter.factors[layer] = torch.randn(8, r), torch.randn(r, 8)
-    tensors, config = saved_by_peft(adapter, tmp_path)
+    adapter = Adapter({f"layers.{r}.q": (torch.randn(8, r), torch.randn(r, 8)) for r in (1, 2, 3)})
+    save_peft(adapter, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     assert config["r"] == config["lora_alpha"] == 3
-    assert not {"rank_pattern", "alpha_pattern"} & config.keys()
-    for layer in shapes:  # a reader that scales by lora_alpha / the tensor's own rank is right
+    for layer in adapter.factors:  # a reader that scales by lora_alpha / a tensor's rank is right
         A = tensors[f"base_model.model.{layer}.lora_A.weight"]
         B = tensors[f"base_model.model.{layer}.lora_B.weight"]
         assert A.shape == (3, 8)
         assert relative(B @ A, adapter.delta(layer)) < 1e-6
-
-
-def test_save_peft_drops_how_the_weights_started(tmp_path):
-    adapter = make_adapters("a", dtype=torch.float32)["a"]
-    starts = {f"{name}_config": {} for name in ("eva", "corda", "loftq")}
-    adapter.config = {"init_lora_weights": "eva", "use_rslora": True, "bias": "none"} | starts
-    _, config = saved_by_peft(adapter, tmp_path)
-    assert config["init_lora_weights"] is True
-    assert config["use_rslora"] is False
-    assert config["bias"] == "none"
-    assert starts.keys().isdisjoint(config)
 
 
 @cases(
@@ -1798,15 +1535,12 @@ def test_save_peft_drops_how_the_weights_started(tmp_path):
     ({"target_modules": ["q"]}, None),  # as of a task on q alone
     ({"target_modules": ["0.q", "h.1"]}, None),
     ({"target_modules": "all-linear"}, None),
-    ({"target_modules": ["q", "v"], "exclude_modules": ["q"]}, ["q", "v"]),
-    ({"target_modules": ["q", "v"], "layers_to_transform": [0]}, ["q", "v"]),
 )
 def test_what_save_peft_writes_names_every_layer(tmp_path, config, targets):
-    adapter = make_adapters("a", shapes={"h.0.q": (8, 8), "h.1.v": (8, 8)})["a"]
-    adapter.config = config
-    _, written = saved_by_peft(adapter, tmp_path)
+    factors = make_adapters("a", shapes={"h.0.q": (8, 8), "h.1.v": (8, 8)})["a"].factors
+    save_peft(Adapter(factors, config=config), tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
     assert written["target_modules"] == (targets or r"h\.0\.q|h\.1\.v")
-    assert not {"exclude_modules", "layers_to_transform", "layers_pattern"} & written.keys()
 
 
 VARIANTS = {name: True for name in ("use_dora", "lora_bias", "use_qalora", "target_parameters")}
@@ -1861,10 +1595,7 @@ def test_a_damaged_or_missing_peft_file_is_refused_by_name(tmp_path, name):
 
 
 # --- Against the real PEFT, transformers and accelerate, where they are installed
-
-
-def installed(name):
-    return pytest.importorskip(name, reason="not installed; .ci/run has it")
+installed = functools.partial(pytest.importorskip, reason="not installed; .ci/run has it")
 
 
 def random_model(kind):
@@ -1930,30 +1661,24 @@ def test_real_peft_takes_full_names_and_any_rank_and_lora_heads(tmp_path):
     assert load_peft(tmp_path / "again").extras.keys() == adapter.extras.keys()
 
 
-def llama_and_trainer(folder):
-    """A model with a share on its v_proj layers, and what makes a Trainer for it."""
-    model, _ = random_model("llama")
-    shapes = {x: tuple(m.weight.shape) for x, m in model.named_modules() if x.endswith("v_proj")}
-    share = make_share("ab", torch.float32, shapes, variance=1.0)
-    settings = {"max_steps": 20, "learning_rate": 0.1, "logging_steps": 1, "save_steps": 10}
-    settings |= {"report_to": [], "use_cpu": True, "disable_tqdm": True}
-    installed("accelerate")
-    transformers = installed("transformers")
-    arguments = transformers.TrainingArguments(folder, **settings)
-    data = [{"input_ids": row, "labels": row} for row in torch.randint(50, (8, 7))]
-    trainer = functools.partial(transformers.Trainer, args=arguments, train_dataset=data)
-    return share, share.attach(model), trainer
-
-
 @cases("phi, reentrant", (0, None), (2, True), (0, False))
 def test_real_trainer_learns_our_parameters_and_checkpoints(tmp_path, phi, reentrant):
-    share, model, make_trainer = llama_and_trainer(tmp_path)
+    installed("accelerate")
+    transformers = installed("transformers")
+    model, _ = random_model("llama")
+    shapes = {f"model.layers.{i}.self_attn.v_proj": (16, 32) for i in (0, 1)}
+    share = make_share("ab", torch.float32, shapes, variance=1.0)
+    share.attach(model)
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
+    settings = {"max_steps": 20, "learning_rate": 0.1, "logging_steps": 1, "save_steps": 10}
+    settings |= {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    arguments = transformers.TrainingArguments(tmp_path, **settings)
     tokens = torch.randint(50, (8, 7))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
     with share.learn(model, "new", phi=phi) as parameters:
-        trainer = make_trainer(model)
+        trainer = transformers.Trainer(model, arguments, train_dataset=data)
         trainer.train()
         assert trainer.get_num_trainable_parameters() == sum(q.numel() for q in parameters)
         end = model.eval()(tokens).logits
@@ -1965,8 +1690,6 @@ def test_real_trainer_learns_our_parameters_and_checkpoints(tmp_path, phi, reent
 
 
 # --- train.py: Router and average
-
-
 def test_a_router_is_worked_out_by_hand():
     features = {"a": torch.tensor([[1.0], [3.0]]), "b": torch.tensor([[11.0], [13.0]])}
     features["a"].requires_grad_()  # as a model's hidden state does; it must leave no graph
@@ -2005,19 +1728,33 @@ def test_the_average_is_the_best_fit_to_the_mean_of_the_updates():
 
 
 # --- train.py: the experiment
+TINY = dict(width=16, base_steps=2, first=2, later=1, lora_steps=2, steps=2, joint_steps=2)
+FLAGS = ("--all", "--seeds 2", "--json x", "--svg x", "--quick", "--sweep", "--scaling")
+README = (Path(__file__).parent / "README.md").read_text("utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MATRIX = [[0.6, 0.1, 0.2], [0.9, 0.8, 0.1], [0.7, 0.5, 1.0]]  # row i: after learning task i
 
 
-def test_the_experiments_numbers_are_those_worked_out_by_hand():
-    R = [[0.9, 0.1, 0.2], [0.6, 0.8, 0.1], [0.7, 0.5, 1.0]]
-    metrics = train.metrics(R)
+def test_the_metrics_are_those_worked_out_by_hand():
+    metrics = train.metrics(MATRIX)
     assert metrics["acc"] == pytest.approx((0.7 + 0.5 + 1.0) / 3)
-    assert metrics["bwt"] == pytest.approx(((0.7 - 0.9) + (0.5 - 0.8)) / 2)
+    assert metrics["bwt"] == pytest.approx(((0.7 - 0.6) + (0.5 - 0.8)) / 2)
     assert metrics["forgetting"] == pytest.approx(((0.9 - 0.7) + (0.8 - 0.5)) / 2)
     assert train.metrics([[0.5, 0.0], [0.9, 1.0]])["forgetting"] == pytest.approx(-0.4)
+
+
+def test_the_spread_is_the_standard_deviation():
     assert train.spread([1.0, 2.0, 4.5], 2) == "2.50 ± 1.80"  # sqrt((1.5² + 0.5² + 2²) / 2)
-    share = {"stored": 130, "trained_per_task": 10, "accuracy_matrix": R}  # bases of 100
+
+
+def test_share_breaks_even_when_lora_for_each_task_stores_more():
+    share = {"stored": 130, "trained_per_task": 10, "accuracy_matrix": MATRIX}  # bases of 100
     methods = {"share": share, "lora": {"trained_per_task": 30}}  # 100 + 10 t < 30 t from 6 on
-    assert [train.break_even(methods, "lora", first) for first in (2, 8)] == [6, 8]
+    assert train.break_even(methods, "lora", first=2) == 6
+    assert train.break_even(methods, "lora", first=8) == 8
+
+
+def test_the_key_is_added_to_the_message_over_and_over():
     tokens, answer = train.make_batch(torch.Generator(), torch.tensor([[1, 2, 15]]))
     assert torch.equal(answer, (tokens[:, 3:] + torch.tensor([1, 2, 15] * 4).to(tokens)) % 16)
 
@@ -2056,22 +1793,13 @@ def test_a_claim_that_does_not_hold_is_an_error(name, key, value, claim):
         train.check(methods)
 
 
-TINY = dict(width=16, base_steps=2, first=2, later=1, lora_steps=2, steps=2, joint_steps=2)
-
-
 @variants(phi=[0, 1])
-def test_a_row_has_what_was_trained_stored_and_measured(monkeypatch, phi):
-    def counting_loss(model, batch):
-        counts.add(sum(q.numel() for q in model.parameters() if q.requires_grad))
-        return loss_fn(model, batch)
-
-    loss_fn = train.loss_fn
+def test_a_row_has_what_was_trained_stored_and_measured(phi):
     e = train.Experiment(train.Settings(**TINY))
     share = Share.from_adapters(e.lora_per_task("lora", 8, 0.1, 2)[0])
-    monkeypatch.setattr(train, "loss_fn", counting_loss)
-    counts = set()
+    trained = sum(k + phi + phi * n for n, k in [basis.shape for basis in bases(share)])
     model, row = e.learn_tasks("share", share, [[0.0] * 3] * 2, phi)
-    assert counts == {row["trained_per_task"]}
+    assert row["trained_per_task"] == trained
     assert row["stored"] == sum(tensor.numel() for tensor in tensors(share))
     for j, (tokens, answer) in enumerate(e.tests):
         share.select(e.names[j])
@@ -2084,25 +1812,59 @@ def test_a_row_does_not_depend_on_which_others_ran():
     few = train.compare(s)
     everything = train.compare(s, everything=True)
     assert list(everything)[: len(few)] == list(few)
+    assert {name: everything[name] for name in few} == few
     assert len(everything) == 12
-    for name in few:
-        assert everything[name] == few[name]
     torch.manual_seed(9)
     assert train.Experiment(s).lora_sequential() == few["lora_sequential"]  # alone
 
 
-FLAGS = "--json no/x, --svg no/x, --seeds 0, --unknown, --json x --sweep, --sweep --scaling"
+@pytest.fixture
+def tiny_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        train, "Settings", functools.partial(train.Settings, **TINY | {"later": 2, "test": 8})
+    )
+    monkeypatch.setattr(train, "QUICK", {})
+    monkeypatch.setattr(train, "check", lambda methods: None)  # nothing is learned in so few steps
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 
 
-@variants(flags=FLAGS.split(", ") + ["--all --sweep"])
-def test_flags_that_cannot_be_followed_are_refused(flags, capsys):
+@variants(flags=itertools.combinations(FLAGS, 2))
+def test_a_pair_of_flags_works_or_is_refused(flags, tiny_runs, capsys):
+    arguments = " ".join(flags).split()
+    if flags[1] in ("--sweep", "--scaling") and flags[0] != "--quick":
+        with pytest.raises(SystemExit):
+            train.main(arguments)
+        assert "does not go with --" in capsys.readouterr().err
+    else:
+        train.main(arguments)
+        assert capsys.readouterr().out
+        assert Path("x").exists() == ("x" in arguments)
+
+
+@cases(
+    "flags, word",
+    ("--json no/x", "no folder no"),
+    ("--svg no/x", "no folder no"),
+    ("--seeds 0", "--seeds 0"),
+    ("--unknown", "--unknown"),
+)
+def test_flags_that_cannot_be_followed_are_refused(flags, word, capsys):
     with pytest.raises(SystemExit):
         train.main(flags.split())
-    assert flags.split()[-1] in capsys.readouterr().err
+    assert word in capsys.readouterr().err
 
 
-README = (Path(__file__).parent / "README.md").read_text("utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_results_are_written_in_utf_8_before_the_table(tiny_runs, monkeypatch):
+    def text_encoding(encoding, level=2):  # for files: of Windows, where none is named
+        return encoding or "cp1252"
+
+    monkeypatch.setattr("io.text_encoding", text_encoding)
+    monkeypatch.delattr(train, "print_table")
+    with pytest.raises(NameError):
+        train.main(["--json", "results", "--svg", "picture"])
+    assert json.loads(Path("results").read_text("utf-8"))["seed"] == 0
+    ElementTree.fromstring(Path("picture").read_text("utf-8"))
 
 
 def loss_of_readme(model, x):
@@ -2110,19 +1872,33 @@ def loss_of_readme(model, x):
     return sum(model["lm_head"](block["q_proj"](x)).square().mean() for block in blocks)
 
 
-def test_the_readme_examples_run(tmp_path, monkeypatch):
+def test_the_readmes_first_example_is_that_of_share_py(capsys):
+    in_share = module.__doc__[module.__doc__.index("    adapters =") :].split("\n\n")[0]
+    assert EXAMPLES[0].split("\n\n")[-1].strip() == textwrap.dedent(in_share).strip()
+    exec(EXAMPLES[0], {})
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_the_readme_says_how_much_there_is_to_read():
+    lines = Path(module.__file__).read_text("utf-8").splitlines()
+    part_1 = [line.startswith("# --- Part 2") for line in lines].index(True)
+    assert f"{len(lines):,} lines. The first {part_1} are the paper" in " ".join(README.split())
+
+
+def test_the_readmes_other_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("one", "two"):
-        peft_directory(tmp_path / "adapters" / name)
+    peft_directory(tmp_path / "adapters")  # PEFT's adapter "default" lies in the folder itself
+    peft_directory(tmp_path / "adapters" / "one")
+    (tmp_path / "adapters" / "README.md").touch()  # PEFT writes one
     layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(30, 20)}) for _ in range(2))
     model = nn.ModuleDict({"model": nn.ModuleDict({"layers": layers}), "lm_head": nn.Linear(20, 7)})
     plain = copy.deepcopy(model)
     names = {"model": model, "batches": [torch.ones(4, 30)] * 3, "loss_fn": loss_of_readme}
-    exec(EXAMPLES[0], names)
-    assert names["share"].tasks == ["one", "two", "new"]
-    (tmp_path / "adapters" / "two").rename(tmp_path / "another")
-    names["model"] = plain
     exec(EXAMPLES[1], names)
-    assert names["share"].tasks == ["one", "two", "new", "another"]
+    assert names["share"].tasks == ["adapters", "adapters/one", "new"]
+    (tmp_path / "adapters" / "one").rename(tmp_path / "another")
+    names["model"] = plain
+    exec(EXAMPLES[2], names)
+    assert names["share"].tasks == ["adapters", "adapters/one", "new", "another"]
     assert load_peft("served").factors.keys() == LAYERS.keys()
     assert not any(isinstance(m, ShareLinear) for m in plain.modules())

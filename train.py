@@ -833,10 +833,10 @@ def main(argv=None):
             parser.error(f"{path}: there is no folder {path.parent}")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: it takes 1 or more")
-    given = {"--sweep": args.sweep, "--scaling": args.scaling, "--all": args.all}
-    given |= {"--seeds": args.seeds > 1, "--json": args.json, "--svg": args.svg}
-    flags = [flag for flag in given if given[flag]]
-    if len(flags) > 1 and (args.sweep or args.scaling):
+    given = {"--all": args.all, "--seeds": args.seeds > 1, "--json": args.json, "--svg": args.svg}
+    alone = {"--sweep": args.sweep, "--scaling": args.scaling}
+    flags = [flag for flag, is_given in {**alone, **given}.items() if is_given]
+    if len(flags) > 1 and flags[0] in alone:
         parser.error(f"{flags[0]} does not go with {flags[1]}")
     # More threads are of no use to matrices this small; costs are those of one core.
     torch.set_num_threads(1 if args.quick or args.scaling else 2)
