@@ -167,11 +167,11 @@ def main_directions(X, variance, k, rounding):
 
     Those with a singular value up to rounding are left out.
     """
-    U, S = left_svd(X, rounding)
+    S, vectors = half_svd(X, rounding)  # of X = U S V^T: S, and U or V
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first, by the first two, …
         k = 1 + int((explained < variance - 1e-13).sum())  # 1e-13: the sums are rounded
-    return torch.linalg.qr(U[:, :k]).Q  # see left_svd
+    return left_vectors(X, vectors[:, :k])
 
 
 def project(bases, pair):
@@ -685,20 +685,27 @@ def squared_norm(adapter):
     return total
 
 
-def left_svd(X, rounding):
-    """U (n, r) and S (r) of X = U S V^T, without singular values up to rounding, the largest first.
+def half_svd(X, rounding):
+    """Half of the SVD X = U S V^T: S (r), the largest first, and U; or V in its place if X is tall.
 
-    1.7 to 8 times faster than torch.linalg.svd, and less exact: errors of S are 1e-8 of the
-    largest, and vectors of U with a small S are orthogonal only roughly.
+    Singular values up to rounding are left out. 1.7 to 8 times faster than torch.linalg.svd, and
+    less exact: errors of S are 1e-8 of the largest.
     """
-    is_tall = X.shape[0] > X.shape[1]
-    # The smaller of these two: X^T X = V S² V^T, and X X^T = U S² U^T.
-    squares, vectors = torch.linalg.eigh(X.T @ X if is_tall else X @ X.T)  # the smallest first
+    # The smaller of two products has them: X X^T = U S² U^T, and X^T X = V S² V^T.
+    squares, vectors = torch.linalg.eigh(X.T @ X if is_tall(X) else X @ X.T)  # the smallest first
     kept = squares > rounding**2
-    S = squares[kept].sqrt().flip(0)
-    vectors = vectors[:, kept].flip(1)
-    U = X @ vectors / S if is_tall else vectors  # X V = U S
-    return U, S
+    return squares[kept].sqrt().flip(0), vectors[:, kept].flip(1)
+
+
+def left_vectors(X, vectors):
+    """Of X = U S V^T some columns of U, from those that `half_svd` returns."""
+    if is_tall(X):  # X V = U S: orthogonal columns, to which QR gives norm 1
+        return torch.linalg.qr(X @ vectors).Q
+    return vectors
+
+
+def is_tall(X):
+    return X.shape[0] > X.shape[1]
 
 
 def outside_of(basis, X):
