@@ -1533,6 +1533,9 @@ def test_save_peft_writes_every_layer_at_the_largest_rank(tmp_path):
     ({"target_modules": {"v", "q", "k"}}, ["k", "q", "v"]),  # a set, as LoraConfig.to_dict() has it
     ({"target_modules": r".*\.(q|v)"}, r".*\.(q|v)"),
     ({"target_modules": ["q"]}, None),  # as of a task on q alone
+    ({"target_modules": ["q", "v"], "layers_to_transform": 0}, None),  # of more than two layers
+    ({"target_modules": ["q", "v"], "exclude_modules": ["h.0.v"]}, None),
+    ({"target_modules": ["q", "v"], "exclude_modules": None}, ["q", "v"]),
     ({"target_modules": ["0.q", "h.1"]}, None),
     ({"target_modules": "all-linear"}, None),
 )
@@ -1558,10 +1561,10 @@ ONES = torch.ones(1, 3, 3)
     *[({"alpha_pattern": value}, {}, "layer '.*no scaling") for value in ([1], {"(": 2})],
     *[({}, {Q + x: ONES[0, 0]}, f"{x}' is no") for x in ("magnitude_vector", "B.bias")],
     ({"modules_to_save": ["head"]}, {Q + "embedding_A": ONES[0]}, "embedding_A' is no"),
-    ({}, {Q + "B.weight": ONES[0]}, "B.weight' is no"),
+    ({}, {Q + "B.weight": ONES[0]}, "layer 'q_proj' has no A"),
     ({}, {Q[17:] + "A.weight": ONES[0]}, "'q_proj.lora_A.weight' is no base_model.model.LAYER"),
-    ({}, {Q + "A.weight": ONES[0]}, r"layer 'q_proj' has no B \(n, r\) for an A"),
-    ({}, {Q + "A.weight": ONES[0, :2], Q + "B.weight": ONES[0]}, "layer 'q_proj' has no B"),
+    ({}, {Q + "A.weight": ONES[0]}, r"layer 'q_proj' has no A \(r, d\) with a B \(n, r\)"),
+    ({}, {Q + "A.weight": ONES[0, :2], Q + "B.weight": ONES[0]}, "layer 'q_proj' has no A"),
 )
 def test_what_is_no_plain_lora_is_refused_by_directory(tmp_path, changes, extras, words):
     plain = {"use_dora": False, "init_lora_weights": "gaussian", "target_parameters": []}
@@ -1835,7 +1838,7 @@ def test_a_pair_of_flags_works_or_is_refused(flags, tiny_runs, capsys):
     if flags[1] in ("--sweep", "--scaling") and flags[0] != "--quick":
         with pytest.raises(SystemExit):
             train.main(arguments)
-        assert "does not go with --" in capsys.readouterr().err
+        assert "--sweep and --scaling go with --seed and --quick" in capsys.readouterr().err
     else:
         train.main(arguments)
         assert capsys.readouterr().out

@@ -1,11 +1,12 @@
 """Share and LoRA at work. The method itself is share.py; here it is only called.
 
-    phase 1  bases from the first tasks' LoRA adapters   Share.from_adapters, called in compare
-    phase 2  coefficients for each later task            the block in Experiment.learn_task
-    phase 3  a merge of the task into the bases          the end of that block, with phi > 0 alone
+    phase 1  makes bases from the first tasks' LoRA adapters   Share.from_adapters, in compare
+    phase 2  trains coefficients for each later task           Experiment.learn_task
+    phase 3  merges that task into the bases                   there, too, if phi > 0
 
-By default phi is 0, and there is no phase 3; --all has it. The claims end the experiment. After
-them come ablations, costs and a picture, then PEFT's files and the Router.
+phi counts temporary columns that phase 2 may add to the bases. By default there are none, and so no
+phase 3; --all has rows with it. The experiment ends with its claims and the table. Then come the
+other rows, ablations, costs and a picture, and at last PEFT's files and the Router.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -24,7 +25,7 @@ task t. A prompt for the key 3 0 15, in clear and as that of task 1, and the ans
     python train.py --seeds 5    several seeds: mean ± standard deviation
     python train.py --sweep      the ablations: variance, stack and p; and what phi is for
     python train.py --scaling    what building and a merge cost
-    python train.py --quick      a smoke run on a smaller model
+    python train.py --quick      a smoke run of all rows on a smaller model
 """
 
 import copy
@@ -75,7 +76,7 @@ class Settings:
     stack: str = "updates"  # or "factors", the paper's: see `stack_updates` in share.py
     variance: float = 0.95  # that the bases explain
     p: int = 1  # pseudo-rank: columns of a task's coefficients
-    general_p: int = 4  # of the one set for all tasks
+    general_p: int = 4  # the same, of one set of coefficients for all tasks at once
     steps: int = 150  # per task
     lr: float = 4e-2
 
@@ -157,20 +158,22 @@ def attach_lora(model, targets, r=8):
     """Make LoRALinear of the nn.Linear's whose names end in `targets`; freezes, returns `model`."""
     if type(r) is not int or r < 1:
         raise ValueError(f"r is {r!r}; it takes an integer, 1 or more")
-    modules = model.named_modules()
-    linears = {f".{name}": module for name, module in modules if type(module) is nn.Linear}
-    endings = tuple(f".{target}" for target in targets)
-    if not endings:
+    if not targets:
         raise ValueError("targets is empty, and so ends the name of no nn.Linear")
-    for ending in endings:
-        if not any(name.endswith(ending) for name in linears):
-            raise ValueError(f"target {ending[1:]!r} ends the name of no nn.Linear in the model")
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    chosen = {}
+    for target in targets:
+        found = {name: x for name, x in linears.items() if f".{name}".endswith(f".{target}")}
+        if not found:
+            raise ValueError(f"target {target!r} ends the name of no nn.Linear in the model")
+        chosen |= found
     model.requires_grad_(False)
-    for name, linear in linears.items():
-        if name.endswith(endings):
-            W0 = linear.weight.to(torch.promote_types(linear.weight.dtype, torch.float32))
-            linear.lora_A = nn.Parameter(W0.new_empty(r, linear.in_features))
-            linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r))
+    for name, linear in linears.items():  # in the model's order
+        if name in chosen:
+            W0 = linear.weight
+            dtype = torch.promote_types(W0.dtype, torch.float32)  # of factors, if W0 is in half
+            linear.lora_A = nn.Parameter(W0.new_empty(r, linear.in_features, dtype=dtype))
+            linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r, dtype=dtype))
             nn.init.kaiming_uniform_(linear.lora_A, a=5**0.5)
             linear.__class__ = LoRALinear  # the same object under the same name
     return model
@@ -185,6 +188,64 @@ def lora_adapter(model):
     return Adapter(factors)
 
 
+# --- Metrics and rows of the table
+def metrics(matrix):
+    """matrix[i][j] is the accuracy on task j after task i was learned; three numbers of it.
+
+    acc         mean of the last row
+    bwt         mean of last[j] - matrix[j][j] (Lopez-Paz and Ranzato 2017)
+    forgetting  mean of (best matrix[i][j] before the last row) - last[j] (Chaudhry et al. 2018)
+
+    The last two are over all tasks but the last.
+    """
+    *before, last = matrix
+    tasks = range(len(before))
+    bwt = mean([last[j] - matrix[j][j] for j in tasks])
+    forgetting = mean([max(row[j] for row in before) - last[j] for j in tasks])
+    return {"accuracy_matrix": matrix, "acc": mean(last), "bwt": bwt, "forgetting": forgetting}
+
+
+def row_of_matrix(matrix, trained, stored):
+    """A row of the table for tasks learned one by one, see `metrics`.
+
+    trained: how many numbers were trained for the last task. stored: how many, for all tasks.
+    """
+    return {**metrics(matrix), "trained_per_task": trained, "stored": stored}
+
+
+def row_of_accuracies(accuracies, stored):
+    """A row of the table for tasks that have no order, so that nothing can be forgotten."""
+    row = dict.fromkeys(("accuracy_matrix", "acc", "bwt", "forgetting", "trained_per_task"))
+    return {**row, "acc": mean(accuracies), "stored": stored}
+
+
+def report(method, t, loss, learned):
+    """Print a line after task t. learned: accuracies of tasks so far, or of task t alone."""
+    line = f"task {t:2d}  loss {loss:.3f}  accuracy {learned[-1]:.3f}"
+    if len(learned) > 1:
+        line += f"  earlier tasks {mean(learned[:-1]):.3f}"
+    print_progress(method, line)
+
+
+def print_progress(method, text):
+    print(f"{time.perf_counter() - START:6.1f} s  {method:16}{text}", flush=True)
+
+
+def num_basis_parameters(share):
+    return sum(beta.numel() + alpha.numel() for beta, alpha in share.bases.values())
+
+
+def num_parameters(share, task=None):
+    """How many numbers are stored: for one task (coefficients, extras), or in all, bases too."""
+    tensors = []
+    for name in share.tasks if task is None else [task]:
+        tensors += share.reconstruct(name).extras.values()
+        for held in share.coefficients.values():
+            tensors += held.get(name, ())
+    count = sum(tensor.numel() for tensor in tensors)
+    return count if task is not None else count + num_basis_parameters(share)
+
+
 # --- The experiment
 class Experiment:
     """One seed: secret keys, test prompts, the pre-trained base, and a method for each row."""
@@ -197,7 +258,6 @@ class Experiment:
         tags = [torch.full((s.test,), t) for t in range(len(self.keys))]
         self.tests = [make_batch(generator, self.keys[tag], tag) for tag in tags]
         self.base, self.clear_test = pretrain(s)
-        # Tasks that are still to come count in a row of the accuracy matrix as on the base.
         self.base_accuracies = self.accuracies(self.base)
         print_progress("base", f"key in clear: {accuracy(self.base, self.clear_test):.3f}")
 
@@ -220,8 +280,12 @@ class Experiment:
         """The accuracies on the first `count` tasks; None stands for all."""
         return [accuracy(model, test) for test in self.tests[:count]]
 
+    def matrix_row(self, learned):
+        """A row of the accuracy matrix: of the tasks so far these, of those to come the base's."""
+        return learned + self.base_accuracies[len(learned) :]
+
     def new_lora(self, start_name, r):
-        """A copy of the base with a LoRA, whose start depends on that name and the seed alone."""
+        """A copy of the base with a LoRA, whose start depends on start_name and the seed alone."""
         torch.manual_seed(self.s.seed + zlib.crc32(start_name.encode()))
         return attach_lora(copy.deepcopy(self.base), TARGETS, r)
 
@@ -235,9 +299,9 @@ class Experiment:
             loss, trained = fit(model, self.batches(t, self.s.lora_steps), lr)
             adapters[name] = lora_adapter(model)
             learned.append(accuracy(model, self.tests[t]))
-            matrix.append(learned + self.base_accuracies[t + 1 :])
+            matrix.append(self.matrix_row(learned))
             report(method, t, loss, [learned[t]])
-        return adapters, task_by_task(matrix, trained, len(matrix) * trained)
+        return adapters, row_of_matrix(matrix, trained, len(matrix) * trained)
 
     def lora_sequential(self):
         """One LoRA, trained through the tasks."""
@@ -247,30 +311,24 @@ class Experiment:
         for t in range(len(self.names)):
             loss, trained = fit(model, self.batches(t, s.lora_steps), s.lora_lr)
             learned = self.accuracies(model, t + 1)
-            matrix.append(learned + self.base_accuracies[t + 1 :])
+            matrix.append(self.matrix_row(learned))
             report("lora_sequential", t, loss, learned)
-        return task_by_task(matrix, trained, trained)
-
-    def lora_joint(self):
-        """One LoRA on all tasks at once."""
-        s = self.s
-        model = self.new_lora("lora_joint", s.r)
-        _, trained = fit(model, self.mixed_batches(s.joint_steps), s.lora_lr)
-        return at_once("lora_joint", self.accuracies(model), trained=None, stored=trained)
+        return row_of_matrix(matrix, trained, trained)
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Phase 2 for task t, with phi > 0 also phase 3. Returns the last loss, numbers trained.
+        """Phase 2 for task t and, if phi > 0, phase 3. Returns the last loss and numbers trained.
 
-        p: columns of the coefficients. phi: temporary columns of the bases. grow: the merge is
-        ours, which adds to the bases, or the paper's, which makes new ones; with phi = 0 is none.
+        p: columns of the coefficients. phi: temporary columns of the bases. grow: if True, the
+        merge at their end is ours, which adds to the bases; if False the paper's, which makes new.
         """
         s = self.s
         seed = 100 * s.seed + t
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
-            # Here coefficients and temporary columns require gradients, the base and bases do not.
-            result = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        # The end of the block has kept the coefficients or, with phi > 0, merged: phase 3.
-        return result
+            # In the block the task's coefficients, and temporary columns, are all of
+            # model.parameters() that requires gradients: an ordinary training loop learns them.
+            loss, trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
+        # Its end has kept the coefficients or, if phi > 0, merged the task: phase 3.
+        return loss, trained
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
@@ -281,9 +339,9 @@ class Experiment:
         return accuracies
 
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
-        """Phases 2 and 3 for each task that the share lacks, in order: the model and the row.
+        """Learn, in order, each task that the share does not have. Returns the model and the row.
 
-        first_rows: rows of the accuracy matrix for the tasks that it has, the first ones; [] for 0.
+        first_rows: rows of the accuracy matrix, one for each task that it has.
         """
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
@@ -291,121 +349,15 @@ class Experiment:
         for t in range(next_task, len(self.names)):
             loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
-            matrix.append(learned + self.base_accuracies[t + 1 :])
+            matrix.append(self.matrix_row(learned))
             report(method, t, loss, learned)
-        return model, task_by_task(matrix, trained, num_parameters(share))
-
-    @torch.no_grad()
-    def share_routed(self, share, model):
-        """The Router picks the task of each prompt: of all tasks, and some with a key in clear."""
-        body = copy.deepcopy(self.base)
-        body.head = nn.Identity()  # its output is then the hidden state
-
-        def features(tokens):  # the hidden state, averaged over the prompt
-            return body(tokens).mean(1)
-
-        samples = {}
-        for t, name in enumerate(self.names):
-            samples[name] = features(torch.cat([tokens for tokens, _ in self.batches(t, steps=8)]))
-        router = Router.fit(samples)
-
-        def routed_accuracy(batch):
-            tokens, _ = batch
-            share.select(router.route(features(tokens)))  # for each prompt a task, or None
-            return accuracy(model, batch)
-
-        stored = num_parameters(share) + router.means.numel() + router.scale.numel()
-        accuracies = [routed_accuracy(test) for test in self.tests]
-        base_kept = routed_accuracy(self.clear_test) / accuracy(self.base, self.clear_test)
-        row = at_once("share_routed", accuracies, trained=None, stored=stored)
-        return row | {"base_kept": base_kept}
-
-    def share_average(self, share, model):
-        """The mean of all tasks' ΔW."""
-        average(share, self.names, "average")
-        share.select("average")
-        stored = num_basis_parameters(share) + num_parameters(share, "average")
-        return at_once("share_average", self.accuracies(model), trained=None, stored=stored)
-
-    def share_general(self, share, model):
-        """One set of coefficients, trained on all tasks at once."""
-        s = self.s
-        settings = dict(p=s.general_p, lr=s.lr, seed=s.seed)
-        mixture = self.mixed_batches(s.joint_steps)
-        # Phase 2, too: this is share.learn and a loop of Adam in one call.
-        train_coefficients(share, model, "general", mixture, loss_fn, **settings)
-        share.select("general")
-        trained = num_parameters(share, "general")
-        stored = num_basis_parameters(share) + trained
-        return at_once("share_general", self.accuracies(model), trained, stored)
-
-
-def random_bases(share, seed):
-    """A share with random orthonormal bases of the same sizes, without tasks, as none fits."""
-    share = copy.deepcopy(share)
-    torch.manual_seed(seed)
-    for layer, bases in share.bases.items():
-        share.bases[layer] = tuple(torch.linalg.qr(torch.randn_like(basis)).Q for basis in bases)
-    for name in list(share.tasks):
-        share.remove(name)
-    return share
-
-
-def num_basis_parameters(share):
-    return sum(beta.numel() + alpha.numel() for beta, alpha in share.bases.values())
-
-
-def num_parameters(share, task=None):
-    """How many numbers are stored: for one task (coefficients, extras), or in all."""
-    if task is None:
-        return num_basis_parameters(share) + sum(num_parameters(share, t) for t in share.tasks)
-    tensors = list(share.reconstruct(task).extras.values())
-    for held in share.coefficients.values():
-        tensors += held.get(task, ())
-    return sum(tensor.numel() for tensor in tensors)
-
-
-def metrics(matrix):
-    """ACC, BWT (Lopez-Paz and Ranzato 2017), forgetting (Chaudhry et al. 2018), see README."""
-    last = matrix[-1]
-    earlier = range(len(matrix) - 1)
-    bwt = mean([last[j] - matrix[j][j] for j in earlier])
-    forgetting = mean([max(matrix[i][j] for i in earlier) - last[j] for j in earlier])
-    return {"accuracy_matrix": matrix, "acc": mean(last), "bwt": bwt, "forgetting": forgetting}
-
-
-def task_by_task(matrix, trained, stored):
-    """A row of the table where tasks are learned one by one, see `metrics`.
-
-    trained: numbers, for the last task. stored: numbers, for all tasks.
-    """
-    return {**metrics(matrix), "trained_per_task": trained, "stored": stored}
-
-
-def at_once(method, accuracies, trained, stored):
-    """A row of the table where tasks are not learned one by one; it also prints the accuracy."""
-    acc = mean(accuracies)
-    print_progress(method, f"accuracy {acc:.3f}")
-    scores = {"accuracy_matrix": None, "acc": acc, "bwt": None, "forgetting": None}
-    return {**scores, "trained_per_task": trained, "stored": stored}
-
-
-def report(method, t, loss, learned):
-    """Print a line after task t. learned: accuracies of tasks so far, or of task t alone."""
-    line = f"task {t:2d}  loss {loss:.3f}  accuracy {learned[-1]:.3f}"
-    if len(learned) > 1:
-        line += f"  earlier tasks {mean(learned[:-1]):.3f}"
-    print_progress(method, line)
-
-
-def print_progress(method, text):
-    print(f"{time.perf_counter() - START:6.1f} s  {method:16}{text}", flush=True)
+        return model, row_of_matrix(matrix, trained, num_parameters(share))
 
 
 def compare(s, everything=False):
     """The table of one seed: {method: row}."""
     e = Experiment(s)
-    rows = {"base": at_once("base", e.base_accuracies, trained=None, stored=0)}
+    rows = {"base": row_of_accuracies(e.base_accuracies, stored=0)}
     adapters, rows["lora_per_task"] = e.lora_per_task("lora_per_task", s.r, s.lora_lr)
     _, rows["lora_r1"] = e.lora_per_task("lora_r1", 1, s.lora_r1_lr)
     rows["lora_sequential"] = e.lora_sequential()
@@ -418,19 +370,8 @@ def compare(s, everything=False):
     # Phase 2: coefficients for each later task.
     share = copy.deepcopy(built)
     model, rows["share"] = e.learn_tasks("share", share, first_rows)
-    if not everything:
-        return rows
-    # Phase 3: the same, with temporary columns and a merge after each task, the paper's or ours.
-    for method, grow in (("share_merge", False), ("share_grow", True)):
-        merging = copy.deepcopy(built)
-        _, rows[method] = e.learn_tasks(method, merging, first_rows, phi=1, grow=grow)
-    # For comparison.
-    _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, s.seed), [])
-    rows["lora_joint"] = e.lora_joint()
-    # Uses of the share that now has all tasks; the latter two add one to it.
-    rows["share_routed"] = e.share_routed(share, model)
-    rows["share_average"] = e.share_average(share, model)
-    rows["share_general"] = e.share_general(share, model)
+    if everything:  # phase 3 among it
+        rows |= other_rows(e, built, first_rows, share, model)
     return rows
 
 
@@ -449,30 +390,33 @@ def check(methods):
             part = methods[name]["acc"] / lora["acc"]
             claims.append((f"{name}: ACC / lora_per_task's", part, 0.98, math.inf))
             claims.append((f"{name}: forgetting", methods[name]["forgetting"], -math.inf, most))
+    if "random_basis" in methods:
+        above = methods["random_basis"]["acc"] - share["acc"]
+        claims.append(("random_basis: ACC - share's", above, -math.inf, 0))
     if "share_routed" in methods:
-        random_above = methods["random_basis"]["acc"] - share["acc"]
-        routed_above = methods["share_routed"]["acc"] - share["acc"]
-        base_kept = methods["share_routed"]["base_kept"]
-        claims.append(("random_basis: ACC - share's", random_above, -math.inf, 0))
-        claims.append(("share_routed: ACC - share's", routed_above, -0.01, math.inf))
-        claims.append(("share_routed: base accuracy kept", base_kept, 0.95, math.inf))
+        routed = methods["share_routed"]
+        claims.append(
+            ("share_routed: ACC - share's", routed["acc"] - share["acc"], -0.01, math.inf)
+        )
+        claims.append(("share_routed: base accuracy kept", routed["base_kept"], 0.95, math.inf))
     for text, value, least, most in claims:
         print(f"  {text:36}{value:8.3f}   from {least} to {most}")
         assert least <= value <= most, f"{text}: {value:.4f} is not between {least} and {most}"
 
 
 def break_even(methods, other, first):
-    """The least number of tasks, from first on, for which Share stores less than one `other` each.
+    """The least number of tasks n, from `first` on, for which Share stores less than `other`.
 
-    Tasks after the first have p columns: n tasks take overhead + n * each numbers.
+    n tasks take fixed + n * share_each numbers, and n * other_each. fixed: the bases, and what the
+    first tasks' coefficients, of rank r, have beyond those of a later task.
     """
     share = methods["share"]
-    each = share["trained_per_task"]
-    # Bases, and what the first tasks' coefficients of rank r have beyond those of a later task.
-    overhead = share["stored"] - each * len(share["accuracy_matrix"])
-    # overhead + n * each < n * others  means  n > overhead / (others - each)
-    others = methods[other]["trained_per_task"]
-    return max(first, overhead // (others - each) + 1)
+    tasks = len(share["accuracy_matrix"])
+    share_each = share["trained_per_task"]
+    other_each = methods[other]["trained_per_task"]
+    fixed = share["stored"] - tasks * share_each
+    least = fixed // (other_each - share_each) + 1
+    return max(first, least)
 
 
 def spread(values, digits):
@@ -498,6 +442,91 @@ def print_table(runs, first):
         print(f"from {spread(tasks, 0)} tasks on share stores less than {other}")
 
 
+# --- The other rows, of --all
+def other_rows(e, built, first_rows, share, model):
+    """{method: row}. built: a share of the first tasks. share: of all tasks, attached to model."""
+    rows = {}
+    # Phase 3: with temporary columns and a merge after each task, the paper's or ours.
+    for method, grow in (("share_merge", False), ("share_grow", True)):
+        merging = copy.deepcopy(built)
+        _, rows[method] = e.learn_tasks(method, merging, first_rows, phi=1, grow=grow)
+    # For comparison.
+    _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, e.s.seed), [])
+    rows["lora_joint"] = lora_joint(e)
+    # Uses of the share that has all tasks; the latter two add one to it.
+    rows["share_routed"] = share_routed(e, share, model)
+    rows["share_average"] = share_average(e, share, model)
+    rows["share_general"] = share_general(e, share, model)
+    return rows
+
+
+def random_bases(share, seed):
+    """A share with random orthonormal bases of the same sizes, without tasks, as none fits."""
+    share = copy.deepcopy(share)
+    torch.manual_seed(seed)
+    for layer, bases in share.bases.items():
+        share.bases[layer] = tuple(torch.linalg.qr(torch.randn_like(basis)).Q for basis in bases)
+    for name in list(share.tasks):
+        share.remove(name)
+    return share
+
+
+def lora_joint(e):
+    """One LoRA on all tasks at once."""
+    model = e.new_lora("lora_joint", e.s.r)
+    _, trained = fit(model, e.mixed_batches(e.s.joint_steps), e.s.lora_lr)
+    return row_of_accuracies(e.accuracies(model), stored=trained)
+
+
+@torch.no_grad()
+def share_routed(e, share, model):
+    """The `Router` picks the task of each prompt: of all tasks, and some with a key in clear."""
+    body = copy.deepcopy(e.base)
+    body.head = nn.Identity()
+
+    def hidden(tokens):  # (b, width): the base's hidden state, averaged over the prompt
+        return body(tokens).mean(1)
+
+    features = {}
+    for t, name in enumerate(e.names):
+        features[name] = hidden(torch.cat([tokens for tokens, _ in e.batches(t, steps=8)]))
+    router = Router.fit(features)
+
+    def routed_accuracy(batch):
+        tokens, _ = batch
+        tasks = router.route(hidden(tokens))  # for each prompt a task's name, or None: the base
+        share.select(tasks)  # a mixed batch
+        return accuracy(model, batch)
+
+    stored = num_parameters(share) + router.means.numel() + router.scale.numel()
+    row = row_of_accuracies([routed_accuracy(test) for test in e.tests], stored)
+    base_kept = routed_accuracy(e.clear_test) / accuracy(e.base, e.clear_test)
+    return row | {"base_kept": base_kept}
+
+
+def share_average(e, share, model):
+    """The mean of all tasks' ΔW, by `average`."""
+    average(share, e.names, "average")
+    return row_of_one_task(e, share, model, "average")
+
+
+def share_general(e, share, model):
+    """One set of coefficients, trained on all tasks at once."""
+    s = e.s
+    mixture = e.mixed_batches(s.joint_steps)
+    settings = dict(p=s.general_p, lr=s.lr, seed=s.seed)
+    # Phase 2, too: this is share.learn and a loop of Adam in one call.
+    train_coefficients(share, model, "general", mixture, loss_fn, **settings)
+    return row_of_one_task(e, share, model, "general")
+
+
+def row_of_one_task(e, share, model, name):
+    """The row of one task of the share on the prompts of all."""
+    share.select(name)
+    stored = num_basis_parameters(share) + num_parameters(share, name)
+    return row_of_accuracies(e.accuracies(model), stored)
+
+
 # --- Ablations, costs, the picture
 def sweep(s):
     """The ablations."""
@@ -509,12 +538,11 @@ def sweep(s):
 
 
 def sweep_bases(e, adapters, new):
-    """How the bases are made (variance, stack), and how many columns p a new task has.
-
-    k: directions of a basis, on average. first: accuracy of the first tasks, projected onto the
-    bases. new: of two more, learned with p columns. random: of these two in random bases.
-    """
-    print("\nfirst: accuracy of the first tasks, at rank r in the bases; new: of two learned at p")
+    """How the bases are made (variance, stack), and how many columns p a new task has."""
+    print(
+        "\nk: directions of a basis, on average; first: accuracy of the first tasks, at rank r in"
+    )
+    print("the bases; new: of two more, learned at p; random: of these two in random bases")
     print("variance  stack       k  p  trained  first    new  random")
     for variance, stack, p in itertools.product((0.6, 0.9), ("factors", "updates"), (1, 4)):
         share = Share.from_adapters(adapters, variance=variance, stack=stack)
@@ -531,15 +559,16 @@ def sweep_phi(e, adapters, new):
     """What phi is for: bases from few tasks, then two new tasks with and without a merge."""
     print("\nnew: accuracy of two new tasks, with bases from some")
     print("from  phi  merge       new  trained   stored")
-    ways = [(0, "none"), *itertools.product((1, 2, 4), ("paper's", "grow"))]
+    ways = [(0, None), *itertools.product((1, 2, 4), (False, True))]
+    merge_names = {None: "none", False: "paper's", True: "grow"}
     for count in (1, 2, 4):
         if count > len(adapters):  # as with --quick
             break
-        for phi, merge in ways:
+        for phi, grow in ways:
             some = {name: adapters[name] for name in e.names[:count]}
             share = Share.from_adapters(some, variance=e.s.variance, stack=e.s.stack)
-            of_new, trained = learn_new(e, share, new, e.s.p, phi, grow=merge == "grow")
-            line = f"{count:4} {phi:4}  {merge:8} {of_new:6.3f} {trained:8}"
+            of_new, trained = learn_new(e, share, new, e.s.p, phi, grow)
+            line = f"{count:4} {phi:4}  {merge_names[grow]:8} {of_new:6.3f} {trained:8}"
             print(f"{line} {num_parameters(share):8}", flush=True)
 
 
@@ -552,7 +581,7 @@ def learn_new(e, share, tasks, p, phi=0, grow=True):
 
 
 def scaling(seed, counts, n=1024, r=8):
-    """Times of phase 1 and of a merge, and numbers stored, for so many tasks.
+    """Times of phase 1 and of a merge, and numbers stored, for so many tasks; by the defaults.
 
     published: time of the merge as published. apart: numbers of the adapters themselves.
     """
@@ -609,14 +638,17 @@ def load_and_merge_as_published(path, adapter):
 
 def svg(methods, seed):
     """The accuracy matrices of lora_sequential and share side by side, as heat maps."""
-    cell, top = 20, 60  # the side of a cell; the room above the cells
+    cell, margin, gap, top = 20, 60, 80, 60  # a cell's side; the room left, between, above
     side = cell * len(methods["share"]["accuracy_matrix"])
+    wide = max(side, 240)  # room for the words
+    second = margin + wide + gap  # where Share's matrix begins
+    size = f"{second + wide + cell} {top + side + 40}"
     style = "text { font: 14px sans-serif; fill: #1f2328 } rect { fill: #2f7fd8; stroke: #8888 } "
     style += "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } rect { fill: #58a6ff } }"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {side + 400} {side + 100}">'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">'
     text = '<text transform="translate({x} {y}) rotate({turn})">{words}</text>'
     page = [head, f"<style>{style}</style>"]
-    for left, name, title in ((60, "lora_sequential", "One LoRA"), (380, "share", "Share")):
+    for left, name, title in ((margin, "lora_sequential", "One LoRA"), (second, "share", "Share")):
         row = methods[name]
         scores = f"ACC {row['acc']:.2f}, forgetting {spread([row['forgetting']], 2)}"
         below = top + side + 22
@@ -633,13 +665,14 @@ def svg(methods, seed):
 
 
 # --- PEFT's files
-# What makes a PEFT adapter something else than W0 x + scaling B A x, if its config has it:
+# Where its config has one of these, an adapter is more than W0 x + scaling B A x:
 PEFT_VARIANTS = """use_dora lora_bias use_qalora use_bdlora layer_replication kasa_config
 target_parameters trainable_token_indices alora_invocation_tokens arrow_config monteclora_config"""
 PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # those that leave W0 as it is
-# What the config of finished weights does not need: how they started, and which layers are left out
+# `save_peft` leaves out how training started, and what says by other means which layers there are:
 PEFT_DROPPED = """eva_config corda_config loftq_config rank_pattern alpha_pattern
 exclude_modules layers_to_transform layers_pattern"""
+PEFT_NAME = r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight"
 
 
 def load_peft(directory):
@@ -656,28 +689,37 @@ def load_peft(directory):
     except (ValueError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{directory} is damaged: {error}") from None
     check_plain_lora(config, directory)
-    extras = dict(tensors)  # in the end what is no A or B: heads, biases
+    sides = {"A": {}, "B": {}}  # {layer: tensor} of each
+    extras = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(PEFT_NAME, name)
+        if match:
+            layer, side = match.groups()
+            sides[side][layer] = tensor
+        else:
+            extras[name] = tensor
+    check_extras(extras, config, directory)
     factors = {}
-    for name, A in tensors.items():
-        factor = re.fullmatch(r"base_model\.model\.(.+)\.lora_A(\.default)?\.weight", name)
-        if factor:
-            layer = factor[1]
-            del extras[name]
-            B = extras.pop(f"base_model.model.{layer}.lora_B{factor[2] or ''}.weight", None)
-            if B is None or B.dim() != 2 or A.dim() != 2 or B.shape[1] != len(A) or len(A) == 0:
-                raise ValueError(f"{directory}, layer {layer!r} has no B (n, r) for an A (r, d)")
-            dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-            scaling = peft_scaling(config, layer, len(A), directory)
-            factors[layer] = B.to(dtype) * scaling, A.to(dtype)
+    for layer in sides["A"] | sides["B"]:
+        A, B = sides["A"].get(layer), sides["B"].get(layer)
+        if A is None or B is None or A.dim() != 2 or B.dim() != 2 or not B.shape[1] == len(A) > 0:
+            raise ValueError(f"{directory}, layer {layer!r} has no A (r, d) with a B (n, r)")
+        dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+        scaling = peft_scaling(config, layer, len(A), directory)
+        factors[layer] = B.to(dtype) * scaling, A.to(dtype)
     if not factors:
         raise ValueError(f"{directory} has no LoRA weights")
-    # A head may be called lora_head; any other lora_… is a part of something that we do not know.
+    return Adapter(factors, extras, config)
+
+
+def check_extras(extras, config, directory):
+    """ValueError for a tensor called lora_…, unless it is a head's of that name."""
     heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
     for name in extras:
-        parts = {part for part in name.split(".") if part.startswith("lora_")}
-        if parts - heads:
-            raise ValueError(f"{directory}: {name!r} is no base_model.model.LAYER.lora_A/B.weight")
-    return Adapter(factors, extras, config)
+        for part in name.split("."):
+            if part.startswith("lora_") and part not in heads:
+                fix = "base_model.model.LAYER.lora_A/B.weight"
+                raise ValueError(f"{directory}: {name!r} is no {fix}")
 
 
 def check_plain_lora(config, directory):
@@ -707,8 +749,8 @@ def peft_scaling(config, layer, r, directory):
 def save_peft(adapter, directory):
     """Write an Adapter for PEFT, every layer at the largest rank, padded with zeros.
 
-    In its config change the scaling, which B has, the initialisation, and the choice of layers if
-    it lacks some. ValueError, with nothing written, for a config that JSON cannot hold.
+    The config is the adapter's, but for the scaling, which is in B, for how training started, and
+    for `peft_targets`. ValueError, with nothing written, if JSON cannot hold it.
     """
     directory = Path(directory)
     r = max(len(A) for _, A in adapter.factors.values())
@@ -733,7 +775,10 @@ def save_peft(adapter, directory):
 
 
 def peft_targets(adapter):
-    """target_modules that name every layer of an adapter: its config's, or one pattern."""
+    """target_modules that name the layers of an adapter: its config's, or one pattern of them all.
+
+    A config's are not enough where it narrows them by other means, as those are not written.
+    """
     targets = adapter.config.get("target_modules") or []
     if isinstance(targets, set):  # as LoraConfig.to_dict() has it
         targets = sorted(targets)
@@ -742,7 +787,8 @@ def peft_targets(adapter):
     else:
         endings = tuple(f".{target}" for target in targets)
         named = [layer for layer in adapter.factors if f".{layer}".endswith(endings)]
-    if len(named) == len(adapter.factors):
+    narrowed = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
+    if len(named) == len(adapter.factors) and all(x in (None, [], "") for x in narrowed):
         return targets
     return "|".join(map(re.escape, adapter.factors))
 
@@ -752,8 +798,7 @@ def peft_targets(adapter):
 class Router:
     """Picks the task: the nearest class mean, or the base (None) when none is near (radius).
 
-    Distances are Mahalanobis': within a task, features (N, f) @ scale (f, f) have the identity as
-    their covariance.
+    Distances are Mahalanobis', that is of features (N, f) @ scale (f, f), see `whitening`.
     """
 
     tasks: list[str]
@@ -775,31 +820,44 @@ class Router:
                 size = tuple(x.shape)
                 raise ValueError(f"task {task!r}: features {size} are not finite, (N >= 2, f)")
         samples = [x.double() for x in features.values()]
-        # (x - mean) N / (N - 1) is x less the mean of the others: no sample judges itself.
-        residuals = torch.cat([(x - x.mean(0)) * len(x) / (len(x) - 1) for x in samples])
-        covariance = residuals.T @ residuals / len(residuals)
-        diagonal = covariance.diagonal().clamp_min(1e-6 * covariance.max() + 1e-30)
-        covariance = covariance.lerp(diagonal.diag(), 0.1)  # or directions seen by few look certain
-        scale = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
-        means = torch.stack([x.mean(0) for x in samples]) @ scale
+        # 1. How far each sample is from its task: from the mean of the others, not of itself.
+        residuals = []
+        for x in samples:
+            mean_of_others = (x.sum(0) - x) / (len(x) - 1)
+            residuals.append(x - mean_of_others)
+        residuals = torch.cat(residuals)
+        scale = whitening(residuals)
         own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
-        radius = own
-        if len(samples) > 1:
-            nearest = []
-            for i, x in enumerate(samples):
-                other_means = torch.cat([means[:i], means[i + 1 :]])
-                nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
-            others = torch.quantile(torch.cat(nearest), 0.02)
-            radius = torch.maximum(own, (own + others) / 2)
+        means = torch.stack([x.mean(0) for x in samples]) @ scale
+        if len(samples) == 1:
+            return cls(list(features), means, scale, float(own))
+        # 2. How far each sample is from the nearest other task.
+        nearest = []
+        for i, x in enumerate(samples):
+            distances = torch.cdist(x @ scale, means)
+            distances[:, i] = math.inf  # its task is no other
+            nearest.append(distances.min(dim=1).values)
+        others = torch.quantile(torch.cat(nearest), 0.02)
+        # 3. The radius lies between.
+        radius = torch.maximum(own, (own + others) / 2)
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
         """features (N, f) -> for each sample its task or None, as `Share.select` takes them."""
-        if features.shape[1:] != self.scale.shape[1:]:
+        if features.dim() != 2 or features.shape[1] != len(self.scale):
             raise ValueError(f"features of {features.shape[-1]} numbers, not {len(self.scale)}")
         distances, nearest = torch.cdist(features.to(self.scale) @ self.scale, self.means).min(1)
         pairs = zip(distances, nearest, strict=True)
         return [self.tasks[i] if distance <= self.radius else None for distance, i in pairs]
+
+
+def whitening(residuals):
+    """scale (f, f): residuals (N, f) @ scale have about the identity as their covariance."""
+    covariance = residuals.T @ residuals / len(residuals)
+    diagonal = covariance.diagonal().clamp_min(1e-6 * covariance.max() + 1e-30)
+    # a tenth of the diagonal, or directions that few samples have would look certain
+    covariance = covariance.lerp(diagonal.diag(), 0.1)
+    return torch.linalg.inv(torch.linalg.cholesky(covariance)).T
 
 
 def average(share, tasks, name, p=None):
@@ -813,7 +871,7 @@ def average(share, tasks, name, p=None):
         if pairs:
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
-    if p is None:
+    if p is None:  # by the sum of the ranks `add` loses nothing, but keeps no needless columns
         p = max((len(A) for _, A in factors.values()), default=1)
     share.add(name, Adapter(factors), p)
 
@@ -833,11 +891,9 @@ def main(argv=None):
             parser.error(f"{path}: there is no folder {path.parent}")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: it takes 1 or more")
-    given = {"--all": args.all, "--seeds": args.seeds > 1, "--json": args.json, "--svg": args.svg}
-    alone = {"--sweep": args.sweep, "--scaling": args.scaling}
-    flags = [flag for flag, is_given in {**alone, **given}.items() if is_given]
-    if len(flags) > 1 and flags[0] in alone:
-        parser.error(f"{flags[0]} does not go with {flags[1]}")
+    others = args.all or args.seeds > 1 or args.json or args.svg
+    if (args.sweep and args.scaling) or ((args.sweep or args.scaling) and others):
+        parser.error("--sweep and --scaling go with --seed and --quick alone")
     # More threads are of no use to matrices this small; costs are those of one core.
     torch.set_num_threads(1 if args.quick or args.scaling else 2)
     s = replace(Settings(seed=args.seed), **QUICK if args.quick else {})
