@@ -656,8 +656,6 @@ def test_with_all_the_variance_every_adapter_returns(common, first, stack):
     share = Share.from_adapters({t: adapters[t] for t in first}, variance=1.0, stack=stack)
     share.merge({t: adapters[t] for t in "abcd" if t not in first})
     assert error(share, adapters) < 1e-6
-    assert share.reconstruct("b").factors.keys() == {"second"}
-    assert share.retained() == pytest.approx(dict.fromkeys(share.tasks, 1))
 
 
 @variants(stack=STACKS)
@@ -1731,7 +1729,7 @@ def test_the_average_is_the_best_fit_to_the_mean_of_the_updates():
 
 
 # --- train.py: the experiment
-TINY = dict(width=16, base_steps=2, first=2, later=1, lora_steps=2, steps=2, joint_steps=2)
+TINY = dict(width=16, base_steps=2, later=2, lora_steps=2, steps=2, joint_steps=2, test=8, first=2)
 FLAGS = ("--all", "--seeds 2", "--json x", "--svg x", "--quick", "--sweep", "--scaling")
 README = (Path(__file__).parent / "README.md").read_text("utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -1798,7 +1796,7 @@ def test_a_claim_that_does_not_hold_is_an_error(name, key, value, claim):
 
 @variants(phi=[0, 1])
 def test_a_row_has_what_was_trained_stored_and_measured(phi):
-    e = train.Experiment(train.Settings(**TINY))
+    e = train.Experiment(train.Settings(**TINY | {"later": 1}))
     share = Share.from_adapters(e.lora_per_task("lora", 8, 0.1, 2)[0])
     trained = sum(k + phi + phi * n for n, k in [basis.shape for basis in bases(share)])
     model, row = e.learn_tasks("share", share, [[0.0] * 3] * 2, phi)
@@ -1811,7 +1809,7 @@ def test_a_row_has_what_was_trained_stored_and_measured(phi):
 
 
 def test_a_row_does_not_depend_on_which_others_ran():
-    s = train.Settings(**TINY, test=8)
+    s = train.Settings(**TINY)
     few = train.compare(s)
     everything = train.compare(s, everything=True)
     assert list(everything)[: len(few)] == list(few)
@@ -1824,9 +1822,7 @@ def test_a_row_does_not_depend_on_which_others_ran():
 @pytest.fixture
 def tiny_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        train, "Settings", functools.partial(train.Settings, **TINY | {"later": 2, "test": 8})
-    )
+    monkeypatch.setattr(train, "Settings", functools.partial(train.Settings, **TINY))
     monkeypatch.setattr(train, "QUICK", {})
     monkeypatch.setattr(train, "check", lambda methods: None)  # nothing is learned in so few steps
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
@@ -1845,17 +1841,11 @@ def test_a_pair_of_flags_works_or_is_refused(flags, tiny_runs, capsys):
         assert Path("x").exists() == ("x" in arguments)
 
 
-@cases(
-    "flags, word",
-    ("--json no/x", "no folder no"),
-    ("--svg no/x", "no folder no"),
-    ("--seeds 0", "--seeds 0"),
-    ("--unknown", "--unknown"),
-)
-def test_flags_that_cannot_be_followed_are_refused(flags, word, capsys):
+@variants(flags=["--json no/x", "--svg no/x", "--seeds 0", "--unknown"])
+def test_flags_that_cannot_be_followed_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         train.main(flags.split())
-    assert word in capsys.readouterr().err
+    assert flags.split()[-1] in capsys.readouterr().err
 
 
 def test_results_are_written_in_utf_8_before_the_table(tiny_runs, monkeypatch):
