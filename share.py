@@ -12,8 +12,8 @@ two bases, which all tasks have in common. A task then consists of its coefficie
     eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p, the pseudo-rank, may be 1
 
 Phase 1 makes the bases: they are the main directions of the factors of some finished adapters.
-Phase 2 learns a new task: its coefficients are trained while the bases are frozen. Where these are
-too narrow, phi temporary columns beside each basis are trained along, and merged afterwards.
+Phase 2 learns a new task: its coefficients are trained while the bases are frozen. Where the
+bases are too narrow, phi temporary columns beside each are trained with them, and merged later.
 Phase 3 merges new adapters into the bases and projects every task onto them again.
 
     adapters = [Adapter({"head": (torch.randn(64, 4), torch.randn(4, 64))}) for _ in range(3)]
@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROUNDING = 1e-6  # a singular value, or a column, below this fraction of the whole counts as 0
+ROUNDING = 1e-6  # relative size below which a singular value or a column counts as 0
 
 
 # --- Part 1, the paper. The equation
@@ -72,15 +72,14 @@ class ShareLinear(nn.Linear):
 
     def forward(self, input):
         h = super().forward(input)  # W0 x, plus the layer's bias
-        task = self.share.selected
-        if not isinstance(task, tuple):
-            factors = self.share.factors(self.layer, task)
-            if factors is None:  # no task, or one that leaves this layer alone
-                return h
-            B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
-            delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
-        else:  # ours: another task for each sample
-            delta_x = mixed_batch(self.share, self.layer, task, input)
+        task = self.share.selected  # a name, None or, ours, a tuple of these: one for each sample
+        if isinstance(task, tuple):
+            return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
+        factors = self.share.factors(self.layer, task)
+        if factors is None:  # no task, or one that leaves this layer alone
+            return h
+        B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
+        delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
         return (h + delta_x).to(h.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
 
 
@@ -99,7 +98,8 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     """Phase 1: a share of {task: Adapter}, one or more.
 
     variance, k: see `build_basis`; the paper's 0.6 may keep little, see `retained`. stack: the
-    paper's "factors", or "updates", see `stack_updates`. p: pseudo-rank; None leaves the ranks.
+    paper's "factors", or "updates", see `stack_updates`. p: the pseudo-rank, to which tasks are
+    cut; None does not cut.
     """
     check_numbers(variance, k=k, p=p)
     share = cls(variance, stack)
@@ -118,13 +118,12 @@ def build_layer(pairs, variance, k=None, stacking="factors"):
 
     pairs: {task: (B (n, r), A^T (d, r))}, the two sides of ΔW, each as columns.
     """
-    is_paper = stacking == "factors"  # ours, "updates", has no mean to subtract
     bases = []
     for side in (0, 1):  # the B's give beta, the A^T's give alpha
         # 1. Put the factors of all tasks side by side.
         columns = side_by_side(pairs, side, stacking)
         # 2. Take the main directions of these columns.
-        bases.append(build_basis(columns, variance, k, centred=is_paper))
+        bases.append(build_basis(columns, variance, k, centred=stacking == "factors"))
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
     return tuple(bases), coefficients
@@ -140,25 +139,24 @@ def side_by_side(pairs, side, stacking):
 def build_basis(stack, variance=0.6, k=None, centred=True):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    The paper: as many as explain `variance` of the columns less their mean. Ours: with k, so many
-    of the columns as they are (fewer where their rank is); with centred=False, as many as explain
-    `variance` of the columns as they are. Computed in float64, returned as float32 at least.
-    ValueError: an argument out of range.
+    The paper: subtract the mean column, and take the fewest directions that explain `variance`.
+    Ours: with k, the k directions that lose least of the columns as they are (fewer, if their rank
+    is lower); with centred=False, the paper's rule without the mean, for `stack_updates`.
+    Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     X = check_stack(stack, variance, k).double()
     rounding = ROUNDING * X.norm()
-    if k is not None or not centred:  # ours
-        basis = main_directions(X, variance, k, rounding)
-    else:
+    if k is None and centred:
         # 1. Subtract the mean column.
         mean = X.mean(dim=1, keepdim=True)
         # 2. Take the main directions.
         basis = main_directions(X - mean, variance, k, rounding)
-        # 3. Ours: `project` does not subtract the mean, so the basis needs its direction, too. What
-        #    was subtracted is m equal columns, so its norm is sqrt(m) times that of one.
-        missing = outside_of(basis, mean).norm() * X.shape[1] ** 0.5
-        if missing > rounding:
+        # 3. Ours: `project` does not subtract the mean, so the basis needs its direction, too.
+        missing = outside_of(basis, mean).expand_as(X)  # in each of X's columns
+        if missing.norm() > rounding:
             basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
+    else:  # ours
+        basis = main_directions(X, variance, k, rounding)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -167,11 +165,11 @@ def main_directions(X, variance, k, rounding):
 
     Those with a singular value up to rounding are left out.
     """
-    S, vectors = half_svd(X, rounding)  # of X = U S V^T: S, and U or V
+    U, S = left_svd(X, rounding)
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first, by the first two, …
         k = 1 + int((explained < variance - 1e-13).sum())  # 1e-13: the sums are rounded
-    return left_vectors(X, vectors[:, :k])
+    return torch.linalg.qr(U[:, :k]).Q  # at length 1
 
 
 def project(bases, pair):
@@ -212,37 +210,38 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
-    phi: temporary columns beside each basis, fewer than the largest k. The block then ends in a
-    merge. grow=True: it is ours, which changes no task and adds up to phi directions to a basis.
-    grow=False: it is the paper's, in which tasks may lose, above all the new one, see `retained`.
+    phi: temporary columns beside each basis, fewer than the largest k. A merge ends the block. With
+    grow=True it is ours, which changes no other task and adds up to min(p, phi) directions to a
+    basis; with grow=False the paper's, which may lose much of the new task, see `retained`.
     finetune (ours): train an existing task on, from where it is, with phi = 0.
     """
     # 1. Start from random coefficients and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
-    # 2. The caller trains these, and all else is frozen. In the block `forward` forms B and A by
-    #    `learned_factors`, so that gradients reach them.
+    # 2. The caller trains the copy, and all else is frozen. In the block ShareLinear.forward gets
+    #    B and A, by way of Share.factors, from `learned_factors`: so gradients reach it.
     with share._training(model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Take the layers that have moved. Others, which the loss never reached, are at their start.
     ends = moved_layers(task, start, trained)
-    # 4. Without temporary columns the coefficients fit the bases: keep them.
+    # 4. phi = 0: what was trained are coefficients in the bases. Keep them.
     if phi == 0:
         share._keep(task, ends)
         return
-    # 5. With them they belong to wider bases. But B A is a finished adapter: merge it, by phase 3.
+    # 5. phi > 0: they are coefficients in wider bases, [beta, columns_beta]. But their product B A
+    #    is a finished adapter, which phase 3 takes in.
     factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-    if grow:  # ours
-        share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
-    else:  # the paper's
+    if not grow:
         share.merge({task: Adapter(factors)})
+    else:  # ours
+        share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
 
 
 def start_layer(bases, p, phi, sigma, generator):
     """The parameters of a new task in one layer, at their start, as `learned_factors` takes them.
 
-    Coefficients: N(0, sigma²) on both sides, as in the paper (if both were 0, so would be all
-    gradients). Temporary columns: the paper does not say; here N(0, 1 / rows), of norm 1 or so.
+    Coefficients: N(0, sigma²) on both sides, as in the paper; so, other than in LoRA, ΔW is not 0
+    at the start, but small. Temporary columns: N(0, 1 / rows), of norm near 1, as nothing is said.
     """
     parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
     for name, basis in zip(("beta", "alpha"), bases, strict=True):
@@ -275,9 +274,9 @@ def learned_factors(bases, parameters):
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
-    variance: that the bases explain; None is the share's. k: the size of the bases, in place of the
-    variance. Earlier tasks may change, and directions that no task uses are lost. With grow (ours)
-    bases and earlier tasks stay, and directions are added; k is then the size up to which.
+    variance: that the bases explain; None takes the share's. k: the size of the bases, in place of
+    the variance. Earlier tasks may change, and directions that no task uses are lost. With grow
+    (ours) bases and earlier tasks stay, and directions are added, with k until there are k.
     """
     if variance is None:
         variance = share.variance
@@ -288,8 +287,9 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     for layer, new in share._pairs_by_layer(adapters).items():
         if layer not in share.bases:
             found = build_layer(new, **rule)
-        elif not grow:  # the paper's: `merge_layer` below, made fast
-            found = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
+        elif not grow:  # `merge_layer`, in short columns, which is faster
+            old = share.coefficients[layer]
+            found = in_short_columns(merge_layer, share.bases[layer], old, new, **rule)
         else:  # ours
             found = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         bases[layer], coefficients[layer] = found
@@ -310,7 +310,7 @@ def merge_layer(bases, old, new, variance, k, stacking):
     pairs.update(new)
     # 3. Phase 1 again.
     new_bases, coefficients = build_layer(pairs, variance, k, stacking)
-    # 4. Ours: by the variance alone a basis often gets smaller, and old tasks fade.
+    # 4. Ours: a basis that has become smaller is made again, at its old size, or old tasks fade.
     if k is None:
         new_bases, coefficients = not_smaller(bases, new_bases, pairs, stacking)
     return new_bases, coefficients
@@ -376,13 +376,14 @@ class Share:
                 raise ValueError(f"the model has no layer {layer!r}")
             linear = modules[layer]
             if linear in linears.values():
-                raise ValueError(f"layer {layer!r} has a second name in the share")
+                raise ValueError(f"layer {layer!r} is another layer of the share as well")
             check_linear(layer, linear, nn.Linear, self.bases[layer])
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share = self
             linear.layer = layer
+            # With a hook nn.TransformerEncoderLayer calls it, too, in place of its fast path.
             linear.hook = linear.register_forward_pre_hook(follow_weight)
             follow_weight(linear)
         return model
@@ -405,10 +406,11 @@ class Share:
         """LoRA's (B (n, p), A (p, d)) of a task; None for no task, or where it has no ΔW."""
         if task is None:
             return None
-        if task == self.learning and layer in self.trained:
+        if task == self.learning:
+            if layer not in self.trained:  # it has no ΔW there
+                return None
             return learned_factors(self.bases[layer], self.trained[layer])
-        if task != self.learning:  # a new task that is being learned has no record yet
-            self._check_task(task)
+        self._check_task(task)
         bases, coefficients, _ = self.held  # at once: another thread may merge
         if task not in coefficients[layer]:
             return None
@@ -419,9 +421,9 @@ class Share:
         self._check_task(task)
         bases, coefficients, records = self.held
         factors = {}
-        for layer, held in coefficients.items():
-            if task in held:
-                factors[layer] = lora_factors(bases[layer], held[task])
+        for layer, by_task in coefficients.items():
+            if task in by_task:
+                factors[layer] = lora_factors(bases[layer], by_task[task])
         record = copy.deepcopy(records[task])
         return Adapter(factors, record["extras"], record["config"])
 
@@ -475,8 +477,8 @@ class Share:
             self.selected = None
         records = {name: record for name, record in self.records.items() if name != task}
         coefficients = {}
-        for layer, held in self.coefficients.items():
-            coefficients[layer] = {name: eps for name, eps in held.items() if name != task}
+        for layer, by_task in self.coefficients.items():
+            coefficients[layer] = {name: eps for name, eps in by_task.items() if name != task}
         self.held = self.bases, coefficients, records
 
     # --- Behind learn
@@ -487,14 +489,17 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         # The paper has phi < k. Here k differs by layer and side: the largest counts.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
-        limit = max(sizes, default=1)
+        limit = max([1, *sizes])
         if type(phi) is not int or not 0 <= phi < limit:
             raise ValueError(f"phi is {phi!r}; it takes an integer from 0 to {limit - 1}")
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
         start = {}
         for layer, (beta, alpha) in self.bases.items():
-            if phi > 0 or min(beta.shape[1], alpha.shape[1]) > 0:  # else a basis is empty
+            is_empty = min(beta.shape[1], alpha.shape[1]) == 0
+            if phi > 0 or not is_empty:
                 start[layer] = start_layer((beta, alpha), p, phi, sigma, generator)
+        if not start:
+            raise ValueError(f"task {task!r}: with phi = {phi} no layer has bases to learn it in")
         return start
 
     def _resume(self, task, phi):
@@ -535,7 +540,7 @@ class Share:
 
     def _keep(self, task, ends):
         """Take in trained coefficients, {layer: {"eps_beta", "eps_alpha"}}."""
-        # Fine-tuning may have moved some layers only, but ‖ΔW‖², which is recorded, is of them all.
+        # Fine-tuned: layers that have not moved, extras and config are those of before.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -558,13 +563,13 @@ class Share:
         tensors = {}
         layers = []
         for i, (layer, bases) in enumerate(all_bases.items()):
-            held = all_coefficients[layer]
+            by_task = all_coefficients[layer]
             # how many columns each task has in i.eps: p, or 0 where it leaves the layer alone
-            widths = [held[task][0].shape[1] if task in held else 0 for task in all_records]
+            widths = [by_task[task][0].shape[1] if task in by_task else 0 for task in all_records]
             layers.append((layer, widths))
             for side in (0, 1):
                 columns = [bases[side].new_zeros(bases[side].shape[1], 0)]  # if there is no task
-                columns += [held[task][side] for task in all_records if task in held]
+                columns += [by_task[task][side] for task in all_records if task in by_task]
                 tensors[f"{i}.basis.{side}"] = bases[side]
                 tensors[f"{i}.eps.{side}"] = torch.cat(columns, dim=1)
         records = {}
@@ -596,7 +601,7 @@ class Share:
             raise ValueError(f"{path} is not a Share file ({FORMAT}), or is damaged")
         state = json.loads(bytes(tensors["state"].numpy()))
         share = cls(state["variance"], state["stacking"])
-        bases, coefficients, records = share.held
+        bases, coefficients, records = {}, {}, {}
         for i, (layer, widths) in enumerate(state["layers"]):
             bases[layer] = tensors[f"{i}.basis.0"], tensors[f"{i}.basis.1"]
             eps_betas = tensors[f"{i}.eps.0"].split(widths, dim=1)
@@ -608,6 +613,7 @@ class Share:
         for j, (task, record) in enumerate(state["records"].items()):
             extras = {name: tensors[f"{j}.extra.{name}"] for name in record["extras"]}
             records[task] = record | {"extras": extras}
+        share.held = bases, coefficients, records
         return share
 
     # --- Private
@@ -635,10 +641,10 @@ class Share:
         coefficients = dict(self.coefficients)
         for layer, found in new_coefficients.items():
             beta, alpha = bases[layer]
-            held = dict(coefficients.get(layer, {}))
+            by_task = dict(coefficients.get(layer, {}))
             for task, (eps_beta, eps_alpha) in found.items():
-                held[task] = eps_beta.to(beta), eps_alpha.to(alpha)
-            coefficients[layer] = held
+                by_task[task] = eps_beta.to(beta), eps_alpha.to(alpha)
+            coefficients[layer] = by_task
         records = dict(self.records)
         for task, adapter in adapters.items():
             extras = {name: extra.detach().clone() for name, extra in adapter.extras.items()}
@@ -679,33 +685,25 @@ def squared_norm(adapter):
     total = 0.0
     for factors in adapter.factors.values():
         B, A = [factor.detach().cpu().double() for factor in factors]
-        # ‖B A‖² = trace(A^T B^T B A) = trace((B^T B)(A A^T)): for these two symmetric matrices the
-        # sum of the products of their numbers
+        # ‖B A‖² = trace((B^T B)(A A^T)); of symmetric X and Y trace(X Y) is the sum of X * Y
         total += float(((B.T @ B) * (A @ A.T)).sum())
     return total
 
 
-def half_svd(X, rounding):
-    """Half of the SVD X = U S V^T: S (r), the largest first, and U; or V in its place if X is tall.
+def left_svd(X, rounding):
+    """U (n, r), whose columns have any length, and S (r) of X = U S V^T, the largest first.
 
-    Singular values up to rounding are left out. 1.7 to 8 times faster than torch.linalg.svd, and
-    less exact: errors of S are 1e-8 of the largest.
+    Singular values up to rounding are left out. Computed by the smaller of X X^T and X^T X: 1.7 to
+    8 times faster than torch.linalg.svd, but S has errors of 1e-8 of the largest.
     """
-    # The smaller of two products has them: X X^T = U S² U^T, and X^T X = V S² V^T.
-    squares, vectors = torch.linalg.eigh(X.T @ X if is_tall(X) else X @ X.T)  # the smallest first
+    is_wide = X.shape[0] <= X.shape[1]
+    # X X^T = U S² U^T, and X^T X = V S² V^T
+    squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)  # the smallest first
     kept = squares > rounding**2
-    return squares[kept].sqrt().flip(0), vectors[:, kept].flip(1)
-
-
-def left_vectors(X, vectors):
-    """Of X = U S V^T some columns of U, from those that `half_svd` returns."""
-    if is_tall(X):  # X V = U S: orthogonal columns, to which QR gives norm 1
-        return torch.linalg.qr(X @ vectors).Q
-    return vectors
-
-
-def is_tall(X):
-    return X.shape[0] > X.shape[1]
+    S = squares[kept].sqrt().flip(0)
+    vectors = vectors[:, kept].flip(1)
+    U = vectors if is_wide else X @ vectors  # X V = U S, so each column of U has length S
+    return U, S
 
 
 def outside_of(basis, X):
@@ -744,7 +742,8 @@ def stack_updates(pairs, side):
     updates = []
     for pair in pairs.values():
         own, other = pair[side].double(), pair[1 - side].double()
-        # ΔW (side 1: ΔW^T) is own other^T. With other = Q R it is (own R^T) Q^T: so C = own R^T.
+        # ΔW (side 1: ΔW^T) is own other^T. With other = Q R it is (own R^T) Q^T. As Q^T Q = 1,
+        # C = own R^T has C C^T = ΔW ΔW^T.
         R = torch.linalg.qr(other, mode="r").R
         updates.append(own @ R.T)
     norms = torch.stack([C.norm() for C in updates])
@@ -755,37 +754,33 @@ def stack_updates(pairs, side):
     return torch.cat(columns, dim=1).to(dtype)
 
 
-def fast_merge_layer(bases, old, new, **rule):
-    """The result of `merge_layer`, computed with columns of q numbers in place of n.
+def in_short_columns(merge, bases, old, new, **rule):
+    """What merge(bases, old, new) returns, computed with columns of q numbers in place of n.
 
     All columns x of a merge lie in the span of the old basis and the new factors. With an
     orthonormal basis Q (n, q) of it, x = Q (Q^T x), and the Q^T x have the same inner products as
-    the x. So SVD, mean and projection can be computed of them, and the coefficients are the same.
+    the x. So their SVD gives Q^T times the same directions, and the same coefficients.
     """
-    beta, alpha = bases
-    # 1. Find Q for each side.
-    Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
-    Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
-    # 2. Take Q^T of the bases and of the new factors; old coefficients are the same.
-    Qs = Q_beta, Q_alpha
-    short_bases = project(Qs, bases)
-    short_new = {task: project(Qs, pair) for task, pair in new.items()}
-    # 3. Merge these.
-    (short_beta, short_alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
-    # 4. Take Q of the new bases.
-    return ((Q_beta @ short_beta).to(beta), (Q_alpha @ short_alpha).to(alpha)), coefficients
+    Qs = []
+    for side in (0, 1):
+        columns = [bases[side]] + [pair[side] for pair in new.values()]
+        Qs.append(torch.linalg.qr(torch.cat(columns, dim=1).double()).Q)
 
+    def shorten(pair):
+        return matmul64(Qs[0].T, pair[0]), matmul64(Qs[1].T, pair[1])
 
-def orthonormal(matrices):
-    """An orthonormal basis, in float64, of the columns of some matrices."""
-    return torch.linalg.qr(torch.cat(matrices, dim=1).double()).Q
+    short_new = {task: shorten(pair) for task, pair in new.items()}
+    short_bases, coefficients = merge(shorten(bases), old, short_new, **rule)
+    beta = (Qs[0] @ short_bases[0]).to(bases[0])
+    alpha = (Qs[1] @ short_bases[1]).to(bases[1])
+    return (beta, alpha), coefficients
 
 
 def not_smaller(old_bases, bases, pairs, stacking):
-    """Ours: where a new basis of {task: (B, A^T)} is smaller than the old, make it as large.
+    """Ours: each new basis that is smaller than the old one is made again, at the old one's size.
 
-    It is made anew of the columns as they are. It stays smaller where these have a lower rank, as
-    after `remove`. Returns the bases, and the coefficients of all tasks in them.
+    That takes the first directions of the columns of {task: (B, A^T)}, with no mean subtracted, or
+    all, if their rank is lower. Returns the bases, and the coefficients of all tasks in them.
     """
     kept = []
     for side in (0, 1):
@@ -822,11 +817,12 @@ def grow_basis(basis, stack, variance, most):
     """
     stack = stack.double()
     outside = outside_of(basis, stack)
-    # 1. Drop columns of which only rounding is outside: less than 1e-6 of the column, or 1e-12 of
-    #    the stack (where r exceeds ΔW's rank, whole columns of `stack_updates` are rounding).
+    # 1. Drop columns of which only rounding is outside: that of the column itself or, where the
+    #    column as a whole is rounding (`stack_updates`, r above ΔW's rank), that of the stack.
     sizes = outside.norm(dim=0)
-    is_real = (sizes > ROUNDING * stack.norm(dim=0)) & (sizes > 1e-12 * stack.norm())
-    outside = outside[:, is_real]
+    of_column = ROUNDING * stack.norm(dim=0)
+    of_stack = 1e-12 * stack.norm()
+    outside = outside[:, (sizes > of_column) & (sizes > of_stack)]
     # 2. Take the main directions of the rest.
     room = None if most is None else max(0, most - basis.shape[1])
     added = main_directions(outside, variance, room, ROUNDING * outside.norm())
@@ -881,10 +877,10 @@ def moved_layers(task, start, trained):
 
 @contextlib.contextmanager
 def frozen(model):
-    """For a block no parameter of a model can train. Then requires_grad is as it was before.
+    """For a block no parameter of a model can train; afterwards requires_grad is as before.
 
-    Buffers are, too, as the block is to change nothing but the task: those in state_dict(), such as
-    BatchNorm's statistics, while others are caches. Gradients are dropped.
+    Buffers in state_dict(), such as BatchNorm's statistics, get their old values back, as a block
+    of `learn` changes nothing but the task. Other buffers are caches. Gradients are dropped.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -903,8 +899,8 @@ def frozen(model):
 
 
 def put_back(buffer, value):
-    """Write a buffer, unless it is expanded: then it has no memory of its own, and is left."""
-    # inference_mode: a buffer that was made in it can be written only in it; others can, too.
+    """Write a buffer, or leave it where PyTorch cannot write: an expanded one is no memory."""
+    # In inference_mode all buffers can be written; elsewhere those that were made in it cannot.
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
 
@@ -912,11 +908,10 @@ def put_back(buffer, value):
 def follow_weight(linear, inputs=()):
     """Bring a layer's bases and coefficients to where its weight is; a hook before forward.
 
-    model.to(device) does not know the share's tensors. A hook is also what keeps
-    nn.TransformerEncoderLayer from its fast path, which would not call the layer.
+    They are no parameters of the model, so that model.to(device) does not move them.
     """
     device = linear.weight.device
-    if device.type == "meta" and inputs:  # offloaded: accelerate loads it to the input's device
+    if device.type == "meta" and inputs:  # offloaded: accelerate will load it to where the input is
         device = inputs[0].device
     if device.type != "meta":
         move_layer(linear.share, linear.layer, device)
@@ -928,10 +923,10 @@ def move_layer(share, layer, device):
     if bases[layer][0].device == device:
         return
     basis_pair = tuple(basis.to(device) for basis in bases[layer])
-    held = {}
+    by_task = {}
     for task, eps in coefficients[layer].items():
-        held[task] = tuple(side.to(device) for side in eps)
-    share.held = bases | {layer: basis_pair}, coefficients | {layer: held}, records
+        by_task[task] = tuple(side.to(device) for side in eps)
+    share.held = bases | {layer: basis_pair}, coefficients | {layer: by_task}, records
 
 
 # --- Refusals and files
@@ -981,7 +976,7 @@ def check_linear(layer, linear, cls, bases):
     if type(linear) is not cls:
         raise ValueError(f"{where}; it takes {cls.__name__} itself, with its own forward")
     if "forward" in vars(linear):
-        fix = "attach before offload or device_map does that, and detach when it is undone"
+        fix = "attach first and offload afterwards; remove the offload's hooks before detach"
         raise ValueError(f"{where}: its forward is patched; {fix}")
     if weight.is_meta:
         raise ValueError(f"{where}: its weight is on meta; load the weights first")

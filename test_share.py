@@ -198,7 +198,7 @@ def test_a_merge_equals_the_plain_one_of_one_layer(monkeypatch, stack, rule):
     plain = copy.deepcopy(share)
     new = make_adapters("d", (4,))
     share.merge(new, **rule)
-    monkeypatch.setattr(module, "fast_merge_layer", module.merge_layer)
+    monkeypatch.setattr(module, "in_short_columns", lambda merge, *a, **rule: merge(*a, **rule))
     plain.merge(new, **rule)
     for fast, basis in zip(bases(share), bases(plain), strict=True):
         assert same_span(fast, basis)
@@ -771,7 +771,7 @@ def of_shape(linear, *shape):
     (lambda: nn.Linear(12, 41), r"its weight is \(41, 12\); its bases take \(40, 12\)"),
     (lambda: of_shape(nn.Linear(12, 40), 0), r"its weight is \(0,\); its bases take \(40, 12\)"),
     (lambda: nn.Linear(12, 40, device="meta"), "its weight is on meta; load"),
-    (lambda: patched(nn.Linear(12, 40)), "its forward is patched.*attach before.*offload"),
+    (lambda: patched(nn.Linear(12, 40)), "its forward is patched.*attach first and offload"),
     (lambda: patched(nn.Linear(12, 40, device="meta")), "its forward is patched"),  # offloaded
     (lambda: prune.identity(nn.Linear(12, 40), "weight"), "its weight is computed"),
     (lambda: parametrizations.weight_norm(nn.Linear(12, 40)), "its weight is computed"),
@@ -831,7 +831,7 @@ def test_a_layer_of_two_names_has_one_adapter_which_is_its_own():
     model = nn.ModuleDict({"x": nn.Linear(6, 6), "other": nn.Linear(6, 6)}).double()
     model["y"] = model["x"]
     model["other"].weight = model["x"].weight
-    with refused("layer 'y' has a second name"):
+    with refused("layer 'y' is another layer of the share as well"):
         make_share("a", shapes={"x": (6, 6), "y": (6, 6)}).attach(model)
     share = make_share("a", shapes={"x": (6, 6)})
     share.select("a")
@@ -1363,6 +1363,7 @@ ADAPTERS = make_adapters("ab")
 GOOD = make_adapters("c")["c"]
 UNKNOWN = r"task 'x' is unknown; the share has \['a', 'b'\]"
 EYE = torch.eye(5)
+EMPTY = Share.from_adapters({"a": Adapter({"first": (torch.zeros(20, 1), torch.zeros(1, 30))})})
 X = [Adapter({"x": (torch.ones(n, 1), torch.ones(1, 3))}) for n in (4, 5)]
 WRAPPERS = [type(x, (nn.Sequential,), {}) for x in ("FullyShardedDataParallel", "DeepSpeedEngine")]
 
@@ -1424,6 +1425,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(change, words):
     *[(lambda s, m, v=v: enter(s, m, phi=v), f"phi is {v}; .* from 0 to 3") for v in (-1, 1.0, 4)],
     (lambda s, m: enter(Share(), m, phi=1), "phi is 1; .* from 0 to 0"),
     (lambda s, m: enter(s, m, "a"), "task 'a' exists"),
+    (lambda s, m: enter(EMPTY, EMPTY.attach(net()), phi=0), "with phi = 0 no layer has bases"),
     (lambda s, m: enter(s, m, "a", finetune=True, phi=1), "phi is 1"),
     (lambda s, m: enter(s, m, "x", finetune=True), UNKNOWN),
     (lambda s, m: average(s, "", "new"), "adapter has no layers"),
