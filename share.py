@@ -72,14 +72,15 @@ class ShareLinear(nn.Linear):
 
     def forward(self, input):
         h = super().forward(input)  # W0 x, plus the layer's bias
-        task = self.share.selected  # a name, None or, ours, a tuple of these: one for each sample
-        if isinstance(task, tuple):
-            return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
-        factors = self.share.factors(self.layer, task)
-        if factors is None:  # no task, or one that leaves this layer alone
-            return h
-        B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
-        delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
+        task = self.share.selected
+        if not isinstance(task, tuple):
+            factors = self.share.factors(self.layer, task)
+            if factors is None:  # no task, or one that leaves this layer alone
+                return h
+            B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
+            delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
+        else:  # ours: another task for each sample
+            delta_x = mixed_batch(self.share, self.layer, task, input)
         return (h + delta_x).to(h.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
 
 
@@ -87,7 +88,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    with torch.autocast(beta.device.type, enabled=False):  # which would round to half precision
+    with torch.autocast(beta.device.type, enabled=False):  # autocast would round to half
         B = beta @ eps_beta
         A = (alpha @ eps_alpha).T
     return B, A
@@ -151,9 +152,10 @@ def build_basis(stack, variance=0.6, k=None, centred=True):
         mean = X.mean(dim=1, keepdim=True)
         # 2. Take the main directions.
         basis = main_directions(X - mean, variance, k, rounding)
-        # 3. Ours: `project` does not subtract the mean, so the basis needs its direction, too.
-        missing = outside_of(basis, mean).expand_as(X)  # in each of X's columns
-        if missing.norm() > rounding:
+        # 3. Ours: `project` does not subtract the mean, so the basis needs its direction, too,
+        #    unless the mean lies in it, but for rounding of an average column.
+        outside = outside_of(basis, mean)
+        if outside.norm() > ROUNDING * X.norm(dim=0).mean():
             basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
     else:  # ours
         basis = main_directions(X, variance, k, rounding)
@@ -168,8 +170,9 @@ def main_directions(X, variance, k, rounding):
     U, S = left_svd(X, rounding)
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first, by the first two, …
-        k = 1 + int((explained < variance - 1e-13).sum())  # 1e-13: the sums are rounded
-    return torch.linalg.qr(U[:, :k]).Q  # at length 1
+        too_few = explained < variance - 1e-13  # as the sums are rounded
+        k = int(too_few.sum()) + 1
+    return torch.linalg.qr(U[:, :k]).Q  # orthonormal to the last digit, which U is not quite
 
 
 def project(bases, pair):
@@ -210,9 +213,9 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
-    phi: temporary columns beside each basis, fewer than the largest k. A merge ends the block. With
-    grow=True it is ours, which changes no other task and adds up to min(p, phi) directions to a
-    basis; with grow=False the paper's, which may lose much of the new task, see `retained`.
+    phi: temporary columns beside each basis, fewer than the largest k; a merge follows the block.
+    With grow=True it is ours, which adds directions to the bases and loses nothing; with grow=False
+    the paper's, which may lose much of the new task, see `retained`.
     finetune (ours): train an existing task on, from where it is, with phi = 0.
     """
     # 1. Start from random coefficients and, if phi > 0, random temporary columns.
@@ -233,7 +236,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
     if not grow:
         share.merge({task: Adapter(factors)})
-    else:  # ours
+    else:  # ours; the variance is of what the task has outside the bases, and 1.0 is all of that
         share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
 
 
@@ -241,7 +244,8 @@ def start_layer(bases, p, phi, sigma, generator):
     """The parameters of a new task in one layer, at their start, as `learned_factors` takes them.
 
     Coefficients: N(0, sigma²) on both sides, as in the paper; so, other than in LoRA, ΔW is not 0
-    at the start, but small. Temporary columns: N(0, 1 / rows), of norm near 1, as nothing is said.
+    at the start, but small. Temporary columns: N(0, 1 / rows), of norm near 1; the paper leaves it
+    open.
     """
     parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
     for name, basis in zip(("beta", "alpha"), bases, strict=True):
@@ -287,9 +291,8 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     for layer, new in share._pairs_by_layer(adapters).items():
         if layer not in share.bases:
             found = build_layer(new, **rule)
-        elif not grow:  # `merge_layer`, in short columns, which is faster
-            old = share.coefficients[layer]
-            found = in_short_columns(merge_layer, share.bases[layer], old, new, **rule)
+        elif not grow:  # the paper's: what merge_layer, below, returns, in less time
+            found = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         else:  # ours
             found = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         bases[layer], coefficients[layer] = found
@@ -310,7 +313,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
     pairs.update(new)
     # 3. Phase 1 again.
     new_bases, coefficients = build_layer(pairs, variance, k, stacking)
-    # 4. Ours: a basis that has become smaller is made again, at its old size, or old tasks fade.
+    # 4. Ours: merge after merge, the variance rule would leave fewer directions, though there are
+    #    more tasks. A basis that is smaller than before is made again, at its old size.
     if k is None:
         new_bases, coefficients = not_smaller(bases, new_bases, pairs, stacking)
     return new_bases, coefficients
@@ -383,7 +387,8 @@ class Share:
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share = self
             linear.layer = layer
-            # With a hook nn.TransformerEncoderLayer calls it, too, in place of its fast path.
+            # The hook keeps the bases where the weight is. Also, nn.TransformerEncoderLayer calls
+            # layers that have hooks; its fast path, which it takes otherwise, reads weights alone.
             linear.hook = linear.register_forward_pre_hook(follow_weight)
             follow_weight(linear)
         return model
@@ -489,7 +494,7 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         # The paper has phi < k. Here k differs by layer and side: the largest counts.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
-        limit = max([1, *sizes])
+        limit = max([1, *sizes])  # 1: so that phi = 0 is allowed
         if type(phi) is not int or not 0 <= phi < limit:
             raise ValueError(f"phi is {phi!r}; it takes an integer from 0 to {limit - 1}")
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
@@ -540,7 +545,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Take in trained coefficients, {layer: {"eps_beta", "eps_alpha"}}."""
-        # Fine-tuned: layers that have not moved, extras and config are those of before.
+        # `_store` records ‖ΔW‖², extras and config, so it needs the whole adapter: if the task is
+        # fine-tuned, that of before, with new factors where these have moved.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -691,18 +697,21 @@ def squared_norm(adapter):
 
 
 def left_svd(X, rounding):
-    """U (n, r), whose columns have any length, and S (r) of X = U S V^T, the largest first.
+    """U (n, r) and S (r) of X = U S V^T, the largest first, without those S up to rounding.
 
-    Singular values up to rounding are left out. Computed by the smaller of X X^T and X^T X: 1.7 to
-    8 times faster than torch.linalg.svd, but S has errors of 1e-8 of the largest.
+    1.7 to 8 times faster than torch.linalg.svd, and less exact: errors of S are 1e-8 of the
+    largest, and U's columns with a small S are orthogonal only roughly.
     """
-    is_wide = X.shape[0] <= X.shape[1]
-    # X X^T = U S² U^T, and X^T X = V S² V^T
-    squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)  # the smallest first
-    kept = squares > rounding**2
-    S = squares[kept].sqrt().flip(0)
-    vectors = vectors[:, kept].flip(1)
-    U = vectors if is_wide else X @ vectors  # X V = U S, so each column of U has length S
+    if X.shape[0] <= X.shape[1]:
+        squares, U = torch.linalg.eigh(X @ X.T)  # X X^T = U S² U^T, the smallest first
+        kept = squares > rounding**2
+        S = squares[kept].sqrt().flip(0)
+        U = U[:, kept].flip(1)
+    else:
+        squares, V = torch.linalg.eigh(X.T @ X)  # X^T X = V S² V^T
+        kept = squares > rounding**2
+        S = squares[kept].sqrt().flip(0)
+        U = X @ V[:, kept].flip(1) / S  # as X V = U S
     return U, S
 
 
@@ -732,20 +741,19 @@ def best_rank(eps, p):
 
 # --- Ours, and a faster merge
 def stack_updates(pairs, side):
-    """Ours: in place of the B's (side 0) or A^T's (side 1), columns that depend on the ΔW alone.
+    """Ours: in place of each task's B (side 1: A^T) a matrix C that depends on its ΔW alone.
 
-    (B M)(M^-1 A) is the same ΔW as B A, but B M has other main directions than B. So B is replaced
-    by a C with C C^T = ΔW ΔW^T, divided by its norm, so that all tasks weigh the same; on side 1
-    likewise with ΔW^T. C has ΔW's left singular vectors and values. It is unique up to a rotation
-    of its r columns, so their mean says nothing: they are not centred.
+    Why: (B M)(M^-1 A) is the same ΔW as B A, but B M has other main directions than B.
+    What: C C^T = ΔW ΔW^T (side 1: ΔW^T ΔW), so C has ΔW's left singular vectors and values. Then C
+    is divided by its norm: all tasks weigh the same.
+    Not centred: C may be rotated to C R, so the mean of its columns says nothing.
     """
     updates = []
     for pair in pairs.values():
-        own, other = pair[side].double(), pair[1 - side].double()
-        # ΔW (side 1: ΔW^T) is own other^T. With other = Q R it is (own R^T) Q^T. As Q^T Q = 1,
-        # C = own R^T has C C^T = ΔW ΔW^T.
-        R = torch.linalg.qr(other, mode="r").R
-        updates.append(own @ R.T)
+        X, Y = pair[side].double(), pair[1 - side].double()  # ΔW (side 1: ΔW^T) is X Y^T
+        # With Y = Q R it is (X R^T) Q^T. As Q^T Q = 1, C = X R^T has C C^T = (X Y^T)(X Y^T)^T.
+        R = torch.linalg.qr(Y, mode="r").R
+        updates.append(X @ R.T)
     norms = torch.stack([C.norm() for C in updates])
     # A C far below the largest may be rounding, and stays small. 1e-300: all may be 0.
     norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)
@@ -754,23 +762,24 @@ def stack_updates(pairs, side):
     return torch.cat(columns, dim=1).to(dtype)
 
 
-def in_short_columns(merge, bases, old, new, **rule):
-    """What merge(bases, old, new) returns, computed with columns of q numbers in place of n.
+def fast_merge_layer(bases, old, new, **rule):
+    """What merge_layer(bases, old, new, **rule) returns, by columns of q numbers in place of n.
 
-    All columns x of a merge lie in the span of the old basis and the new factors. With an
-    orthonormal basis Q (n, q) of it, x = Q (Q^T x), and the Q^T x have the same inner products as
-    the x. So their SVD gives Q^T times the same directions, and the same coefficients.
+    All columns X of a side lie in the span of the old basis and the new factors. With an
+    orthonormal basis Q (n, q) of it X = Q Y, where Y = Q^T X. Subtracting the mean, SVD and
+    projection do the same to Y as to X, as Y^T Y = X^T X. So Y is merged; where its basis is U,
+    that of X is Q U, and the coefficients are the same.
     """
     Qs = []
     for side in (0, 1):
         columns = [bases[side]] + [pair[side] for pair in new.values()]
         Qs.append(torch.linalg.qr(torch.cat(columns, dim=1).double()).Q)
 
-    def shorten(pair):
+    def shorten(pair):  # Q^T of both sides
         return matmul64(Qs[0].T, pair[0]), matmul64(Qs[1].T, pair[1])
 
     short_new = {task: shorten(pair) for task, pair in new.items()}
-    short_bases, coefficients = merge(shorten(bases), old, short_new, **rule)
+    short_bases, coefficients = merge_layer(shorten(bases), old, short_new, **rule)
     beta = (Qs[0] @ short_bases[0]).to(bases[0])
     alpha = (Qs[1] @ short_bases[1]).to(bases[1])
     return (beta, alpha), coefficients
@@ -793,13 +802,16 @@ def not_smaller(old_bases, bases, pairs, stacking):
 
 
 def grow_layer(bases, old, new, variance, k, stacking):
-    """Phase 3, ours: the bases stay, and what the new stack has outside them adds directions.
+    """Phase 3, ours: the bases stay, and get the main directions of what is new outside of them.
 
-    variance: the fraction to explain of what is outside, uncentred. k: in its place, the size that
-    the bases get, if they are smaller.
+    variance: the fraction of that to explain, without a mean. k: in its place, the size up to which
+    a smaller basis grows.
     """
-    beta = grow_basis(bases[0], side_by_side(new, 0, stacking), variance, k)
-    alpha = grow_basis(bases[1], side_by_side(new, 1, stacking), variance, k)
+    grown = []
+    for side in (0, 1):
+        stacks = [side_by_side({task: pair}, side, stacking) for task, pair in new.items()]
+        grown.append(grow_basis(bases[side], stacks, variance, k))
+    beta, alpha = grown
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():  # rows of zeros for the added directions
         zeros_beta = (0, 0, 0, beta.shape[1] - len(eps_beta))
@@ -810,22 +822,27 @@ def grow_layer(bases, old, new, variance, k, stacking):
     return (beta, alpha), coefficients
 
 
-def grow_basis(basis, stack, variance, most):
-    """A basis, and beside it the main directions of what a stack (n, m) has outside of it.
+def grow_basis(basis, stacks, variance, most):
+    """A basis, and beside it the main directions of what some columns have outside of it.
 
-    most: None adds as many as explain `variance` of that; else the basis grows to so many.
+    stacks: [(n, r)], a matrix for each adapter. most: None adds as many as explain `variance`; else
+    the basis grows to so many.
     """
-    stack = stack.double()
-    outside = outside_of(basis, stack)
-    # 1. Drop columns of which only rounding is outside: that of the column itself or, where the
-    #    column as a whole is rounding (`stack_updates`, r above ΔW's rank), that of the stack.
-    sizes = outside.norm(dim=0)
-    of_column = ROUNDING * stack.norm(dim=0)
-    of_stack = 1e-12 * stack.norm()
-    outside = outside[:, (sizes > of_column) & (sizes > of_stack)]
-    # 2. Take the main directions of the rest.
+    # 1. Of each adapter's columns take what is outside, if it is more than that adapter's rounding.
+    parts = []
+    roundings = []
+    for stack in stacks:
+        outside = outside_of(basis, stack.double())
+        rounding = ROUNDING * stack.double().norm()
+        outside = outside[:, outside.norm(dim=0) > rounding]
+        if outside.shape[1] > 0:
+            parts.append(outside)
+            roundings.append(rounding)
+    if not parts:
+        return basis
+    # 2. Take the main directions of that.
     room = None if most is None else max(0, most - basis.shape[1])
-    added = main_directions(outside, variance, room, ROUNDING * outside.norm())
+    added = main_directions(torch.cat(parts, dim=1), variance, room, min(roundings))
     # 3. Project again: where little was outside, they are orthogonal to the basis only roughly.
     added = torch.linalg.qr(outside_of(basis, added)).Q
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
@@ -842,10 +859,11 @@ def mixed_batch(share, layer, tasks, x):
     eps = [coefficients[layer].get(task, nothing) for task in tasks]
     eps_betas = stack_padded([eps_beta for eps_beta, _ in eps])
     eps_alphas = stack_padded([eps_alpha for _, eps_alpha in eps])
-    z = x.to(alpha.dtype) @ alpha  # alpha^T x, (s, ..., kα)
-    z = torch.einsum("s...k,skp->s...p", z, eps_alphas)  # eps_alpha^T of it
-    z = torch.einsum("s...p,skp->s...k", z, eps_betas)  # eps_beta, (s, ..., kβ)
-    return z @ beta.T
+    # s: samples; k: directions of a basis; p: columns of coefficients
+    z = x.to(alpha.dtype) @ alpha  # alpha^T x
+    z = torch.einsum("s...k,skp->s...p", z, eps_alphas)  # eps_alpha^T alpha^T x
+    z = torch.einsum("s...p,skp->s...k", z, eps_betas)  # eps_beta eps_alpha^T alpha^T x
+    return z @ beta.T  # beta eps_beta eps_alpha^T alpha^T x
 
 
 def stack_padded(matrices):
@@ -899,8 +917,9 @@ def frozen(model):
 
 
 def put_back(buffer, value):
-    """Write a buffer, or leave it where PyTorch cannot write: an expanded one is no memory."""
-    # In inference_mode all buffers can be written; elsewhere those that were made in it cannot.
+    """Write a buffer, or leave it if PyTorch cannot write it."""
+    # inference_mode: outside of it, buffers that were made in it cannot be written.
+    # suppress: a buffer that is expanded, so that many elements are one number, never can.
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
 
@@ -911,8 +930,8 @@ def follow_weight(linear, inputs=()):
     They are no parameters of the model, so that model.to(device) does not move them.
     """
     device = linear.weight.device
-    if device.type == "meta" and inputs:  # offloaded: accelerate will load it to where the input is
-        device = inputs[0].device
+    if device.type == "meta" and inputs:  # offloaded by accelerate, which loads the weight later in
+        device = inputs[0].device  # the call, to where the input is
     if device.type != "meta":
         move_layer(linear.share, linear.layer, device)
 
@@ -1027,7 +1046,7 @@ def write_whole(path, content):
 # Selecting
 # - There is one selection, for all threads. With gradient checkpointing keep it until backward has
 #   run. DPO needs a reference model of its own.
-# - torch.compile compiles once for each selection: raise torch._dynamo.config.recompile_limit. A
+# - torch.compile compiles once for each selection: increase torch._dynamo.config.recompile_limit. A
 #   traced or exported model keeps the selection that it was made with.
 # - In a mixed batch the i-th task is that of the i-th sample as layers see it. encode() of
 #   sentence-transformers and length-grouped loaders sort samples: sort the tasks alike.
