@@ -7,13 +7,13 @@ two bases, which all tasks have in common. A task then consists of its coefficie
     h = W0 x + B A x  with  B = beta eps_beta  and  A = (alpha eps_alpha)^T
 
     W0                   n × d             frozen; n = out_features, d = in_features
-    B, A                 n × r, r × d      one task's LoRA factors, every scaling folded in
+    B, A                 n × p, p × d      one task's LoRA factors, every scaling folded in
     beta, alpha          n × kβ, d × kα    orthonormal bases; k differs by layer and side
-    eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p, the pseudo-rank, may be 1
+    eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p: its rank, mostly 1
 
 Phase 1 makes the bases: they are the main directions of the factors of some finished adapters.
 Phase 2 learns a new task: its coefficients are trained while the bases are frozen. Where the
-bases are too narrow, phi temporary columns beside each are trained with them, and merged later.
+bases are too narrow, phi temporary columns beside each basis are trained, too, and merged later.
 Phase 3 merges new adapters into the bases and projects every task onto them again.
 
     adapters = [Adapter({"head": (torch.randn(64, 4), torch.randn(4, 64))}) for _ in range(3)]
@@ -117,7 +117,7 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
 def build_layer(pairs, variance, k=None, stacking="factors"):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
-    pairs: {task: (B (n, r), A^T (d, r))}, the two sides of ΔW, each as columns.
+    pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
     """
     bases = []
     for side in (0, 1):  # the B's give beta, the A^T's give alpha
@@ -140,9 +140,10 @@ def side_by_side(pairs, side, stacking):
 def build_basis(stack, variance=0.6, k=None, centred=True):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    The paper: subtract the mean column, and take the fewest directions that explain `variance`.
-    Ours: with k, the k directions that lose least of the columns as they are (fewer, if their rank
-    is lower); with centred=False, the paper's rule without the mean, for `stack_updates`.
+    The paper: the fewest directions that explain `variance` of the columns minus their mean. Ours:
+    the mean's direction is added, as `project` does not subtract the mean.
+    Ours, too: the k directions that lose least of the columns as they are (fewer, if their rank is
+    lower); or, with centred=False, the fewest that explain `variance` of these.
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     X = check_stack(stack, variance, k).double()
@@ -152,11 +153,8 @@ def build_basis(stack, variance=0.6, k=None, centred=True):
         mean = X.mean(dim=1, keepdim=True)
         # 2. Take the main directions.
         basis = main_directions(X - mean, variance, k, rounding)
-        # 3. Ours: `project` does not subtract the mean, so the basis needs its direction, too,
-        #    unless the mean lies in it, but for rounding of an average column.
-        outside = outside_of(basis, mean)
-        if outside.norm() > ROUNDING * X.norm(dim=0).mean():
-            basis = torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
+        # 3. Ours: add the mean's direction.
+        basis = with_mean(basis, mean, X)
     else:  # ours
         basis = main_directions(X, variance, k, rounding)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
@@ -170,9 +168,10 @@ def main_directions(X, variance, k, rounding):
     U, S = left_svd(X, rounding)
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first, by the first two, …
-        too_few = explained < variance - 1e-13  # as the sums are rounded
+        # 1e-13: the sums are rounded, but each direction adds ROUNDING² = 1e-12 or more.
+        too_few = explained < variance - 1e-13
         k = int(too_few.sum()) + 1
-    return torch.linalg.qr(U[:, :k]).Q  # orthonormal to the last digit, which U is not quite
+    return torch.linalg.qr(U[:, :k]).Q  # as left_svd's U is orthonormal only roughly
 
 
 def project(bases, pair):
@@ -213,9 +212,9 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
-    phi: temporary columns beside each basis, fewer than the largest k; a merge follows the block.
-    With grow=True it is ours, which adds directions to the bases and loses nothing; with grow=False
-    the paper's, which may lose much of the new task, see `retained`.
+    phi: temporary columns beside each basis, fewer than the largest k. After the block they are
+    merged. grow=True (ours) adds directions to the bases and loses nothing; grow=False, the paper's
+    phase 3, may lose much of the new task, see `retained`.
     finetune (ours): train an existing task on, from where it is, with phi = 0.
     """
     # 1. Start from random coefficients and, if phi > 0, random temporary columns.
@@ -243,8 +242,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
 def start_layer(bases, p, phi, sigma, generator):
     """The parameters of a new task in one layer, at their start, as `learned_factors` takes them.
 
-    Coefficients: N(0, sigma²) on both sides, as in the paper; so, other than in LoRA, ΔW is not 0
-    at the start, but small. Temporary columns: N(0, 1 / rows), of norm near 1; the paper leaves it
+    Coefficients: N(0, sigma²) on both sides, as in the paper; so, unlike LoRA's, ΔW is not 0 at
+    the start, but small. Temporary columns: N(0, 1 / rows), of norm near 1; the paper leaves it
     open.
     """
     parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
@@ -291,7 +290,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     for layer, new in share._pairs_by_layer(adapters).items():
         if layer not in share.bases:
             found = build_layer(new, **rule)
-        elif not grow:  # the paper's: what merge_layer, below, returns, in less time
+        elif not grow:  # the paper's: merge_layer, below, by way of a faster wrapper
             found = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         else:  # ours
             found = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
@@ -313,8 +312,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
     pairs.update(new)
     # 3. Phase 1 again.
     new_bases, coefficients = build_layer(pairs, variance, k, stacking)
-    # 4. Ours: merge after merge, the variance rule would leave fewer directions, though there are
-    #    more tasks. A basis that is smaller than before is made again, at its old size.
+    # 4. Ours: of many old tasks few directions are left, of which the variance rule takes a part in
+    #    each merge (10 random tasks, then one more each time: 13, 8, 6, 5). So no basis shrinks.
     if k is None:
         new_bases, coefficients = not_smaller(bases, new_bases, pairs, stacking)
     return new_bases, coefficients
@@ -324,7 +323,7 @@ def merge_layer(bases, old, new, variance, k, stacking):
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
-    # The phases: the functions above become methods.
+    # The phases, as methods: on the right are the functions of Part 1.
     from_adapters = classmethod(from_adapters)
     learn = learn
     merge = merge
@@ -335,9 +334,10 @@ class Share:
             raise ValueError(f"stack is {stack!r}; it takes 'factors' or 'updates'")
         self.variance = float(variance)  # that the bases explain, see `build_basis`
         self.stacking = stack  # "factors", the paper's, or "updates", ours
-        # (bases, coefficients, records), see below, replaced as a whole: another thread, or a
-        # signal handler, never sees half a change
-        self.held = {}, {}, {}
+        # One tuple, which is replaced as a whole: another thread, or a signal handler, never sees
+        # half a change. What is in it, the properties below say.
+        bases, coefficients, records = {}, {}, {}
+        self.held = bases, coefficients, records
         self.selected = None  # a task, None, or a tuple of these, one for each sample of a batch
         self.learning = None  # the task that is being learned, inside a block of `learn`
         self.trained = {}  # its parameters in that block: {layer: nn.ParameterDict}
@@ -387,8 +387,9 @@ class Share:
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share = self
             linear.layer = layer
-            # The hook keeps the bases where the weight is. Also, nn.TransformerEncoderLayer calls
-            # layers that have hooks; its fast path, which it takes otherwise, reads weights alone.
+            # Before each forward the hook moves the bases to the weight's device. It has a second
+            # use: nn.TransformerEncoderLayer in eval mode has a fast path that reads the weights
+            # alone, so that ΔW would be lost. Layers with a hook it calls.
             linear.hook = linear.register_forward_pre_hook(follow_weight)
             follow_weight(linear)
         return model
@@ -403,8 +404,9 @@ class Share:
         if is_mixed and self.learning is not None and self.learning in names:
             raise ValueError(f"task {self.learning!r} is being learned: not in a mixed batch")
         for name in names:
-            if name is not None and name != self.learning:  # that one may be new
-                self._check_task(name)
+            if name is None or name == self.learning:  # a new task in its block has no record yet
+                continue
+            self._check_task(name)
         self.selected = names if is_mixed else task
 
     def factors(self, layer, task):
@@ -494,9 +496,9 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         # The paper has phi < k. Here k differs by layer and side: the largest counts.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
-        limit = max([1, *sizes])  # 1: so that phi = 0 is allowed
-        if type(phi) is not int or not 0 <= phi < limit:
-            raise ValueError(f"phi is {phi!r}; it takes an integer from 0 to {limit - 1}")
+        largest = max([1, *sizes]) - 1  # 0 if all bases are empty
+        if type(phi) is not int or not 0 <= phi <= largest:
+            raise ValueError(f"phi is {phi!r}; it takes an integer from 0 to {largest}")
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
         start = {}
         for layer, (beta, alpha) in self.bases.items():
@@ -740,20 +742,30 @@ def best_rank(eps, p):
 
 
 # --- Ours, and a faster merge
+def with_mean(basis, mean, X):
+    """Ours: a basis of the columns X minus their mean, and beside it the mean's direction.
+
+    `project` does not subtract the mean, so the basis has to hold it. It may do so already, but for
+    rounding, which is measured beside an average column.
+    """
+    if outside_of(basis, mean).norm() <= ROUNDING * X.norm(dim=0).mean():
+        return basis
+    return torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
+
+
 def stack_updates(pairs, side):
     """Ours: in place of each task's B (side 1: A^T) a matrix C that depends on its ΔW alone.
 
-    Why: (B M)(M^-1 A) is the same ΔW as B A, but B M has other main directions than B.
-    What: C C^T = ΔW ΔW^T (side 1: ΔW^T ΔW), so C has ΔW's left singular vectors and values. Then C
-    is divided by its norm: all tasks weigh the same.
-    Not centred: C may be rotated to C R, so the mean of its columns says nothing.
+    (B M)(M^-1 A) is the same ΔW as B A, but B M has other main directions than B. So take
+    C = B R^T, where A^T = Q R. As ΔW = B A = B R^T Q^T = C Q^T and Q is orthonormal, C has the left
+    singular vectors and values of ΔW. (Side 1: likewise for ΔW^T = A^T B^T.) Each C is divided by
+    its norm: all tasks weigh the same. The mean of its columns says nothing, as C may be rotated.
     """
     updates = []
     for pair in pairs.values():
-        X, Y = pair[side].double(), pair[1 - side].double()  # ΔW (side 1: ΔW^T) is X Y^T
-        # With Y = Q R it is (X R^T) Q^T. As Q^T Q = 1, C = X R^T has C C^T = (X Y^T)(X Y^T)^T.
-        R = torch.linalg.qr(Y, mode="r").R
-        updates.append(X @ R.T)
+        left, right = pair[side].double(), pair[1 - side].double()
+        R = torch.linalg.qr(right, mode="r").R
+        updates.append(left @ R.T)  # C
     norms = torch.stack([C.norm() for C in updates])
     # A C far below the largest may be rounding, and stays small. 1e-300: all may be 0.
     norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)
@@ -765,10 +777,10 @@ def stack_updates(pairs, side):
 def fast_merge_layer(bases, old, new, **rule):
     """What merge_layer(bases, old, new, **rule) returns, by columns of q numbers in place of n.
 
-    All columns X of a side lie in the span of the old basis and the new factors. With an
-    orthonormal basis Q (n, q) of it X = Q Y, where Y = Q^T X. Subtracting the mean, SVD and
-    projection do the same to Y as to X, as Y^T Y = X^T X. So Y is merged; where its basis is U,
-    that of X is Q U, and the coefficients are the same.
+    All columns x of a side lie in the span of the old basis and the new factors. With an
+    orthonormal basis Q (n, q) of it, x = Q y, where y = Q^T x. Q keeps lengths and angles, so the
+    means, norms and main directions of the y are Q^T times those of the x. So the y are merged, and
+    Q times their basis is that of the x. The coefficients are the same.
     """
     Qs = []
     for side in (0, 1):
@@ -802,16 +814,15 @@ def not_smaller(old_bases, bases, pairs, stacking):
 
 
 def grow_layer(bases, old, new, variance, k, stacking):
-    """Phase 3, ours: the bases stay, and get the main directions of what is new outside of them.
+    """Phase 3, ours: the bases stay; of each new adapter they get what it has outside of them.
 
-    variance: the fraction of that to explain, without a mean. k: in its place, the size up to which
-    a smaller basis grows.
+    variance: the fraction of that to explain. k: in its place, the size up to which a smaller basis
+    grows.
     """
-    grown = []
-    for side in (0, 1):
-        stacks = [side_by_side({task: pair}, side, stacking) for task, pair in new.items()]
-        grown.append(grow_basis(bases[side], stacks, variance, k))
-    beta, alpha = grown
+    beta, alpha = bases
+    for task, pair in new.items():  # one by one, as each has its own rounding
+        beta = grow_basis(beta, side_by_side({task: pair}, 0, stacking), variance, k)
+        alpha = grow_basis(alpha, side_by_side({task: pair}, 1, stacking), variance, k)
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():  # rows of zeros for the added directions
         zeros_beta = (0, 0, 0, beta.shape[1] - len(eps_beta))
@@ -822,28 +833,16 @@ def grow_layer(bases, old, new, variance, k, stacking):
     return (beta, alpha), coefficients
 
 
-def grow_basis(basis, stacks, variance, most):
-    """A basis, and beside it the main directions of what some columns have outside of it.
+def grow_basis(basis, stack, variance, most):
+    """A basis, and beside it the main directions of what a stack (n, m) has outside of it.
 
-    stacks: [(n, r)], a matrix for each adapter. most: None adds as many as explain `variance`; else
-    the basis grows to so many.
+    most: None adds as many as explain `variance` of that; else the basis grows to so many.
     """
-    # 1. Of each adapter's columns take what is outside, if it is more than that adapter's rounding.
-    parts = []
-    roundings = []
-    for stack in stacks:
-        outside = outside_of(basis, stack.double())
-        rounding = ROUNDING * stack.double().norm()
-        outside = outside[:, outside.norm(dim=0) > rounding]
-        if outside.shape[1] > 0:
-            parts.append(outside)
-            roundings.append(rounding)
-    if not parts:
-        return basis
-    # 2. Take the main directions of that.
+    stack = stack.double()
     room = None if most is None else max(0, most - basis.shape[1])
-    added = main_directions(torch.cat(parts, dim=1), variance, room, min(roundings))
-    # 3. Project again: where little was outside, they are orthogonal to the basis only roughly.
+    # 1. Take the main directions of what is outside, if it is more than rounding.
+    added = main_directions(outside_of(basis, stack), variance, room, ROUNDING * stack.norm())
+    # 2. Project again: where little was outside, they are orthogonal to the basis only roughly.
     added = torch.linalg.qr(outside_of(basis, added)).Q
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
@@ -918,8 +917,8 @@ def frozen(model):
 
 def put_back(buffer, value):
     """Write a buffer, or leave it if PyTorch cannot write it."""
-    # inference_mode: outside of it, buffers that were made in it cannot be written.
-    # suppress: a buffer that is expanded, so that many elements are one number, never can.
+    # A buffer that was made in inference_mode can be written only there; all others there, too. An
+    # expanded one, many elements on one number in memory, can never be written: RuntimeError.
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
 
@@ -930,8 +929,9 @@ def follow_weight(linear, inputs=()):
     They are no parameters of the model, so that model.to(device) does not move them.
     """
     device = linear.weight.device
-    if device.type == "meta" and inputs:  # offloaded by accelerate, which loads the weight later in
-        device = inputs[0].device  # the call, to where the input is
+    if device.type == "meta" and inputs:
+        # Offloaded by accelerate: after this hook it loads the weight to the input's device.
+        device = inputs[0].device
     if device.type != "meta":
         move_layer(linear.share, linear.layer, device)
 

@@ -570,6 +570,19 @@ def test_growing_takes_no_rounding_for_a_direction(stack):
     assert sizes(share) == before
 
 
+@variants(rule=[{}, {"variance": 1.0}, {"k": 7}], stack=STACKS, scale=[1, 1e9])
+def test_growing_by_two_is_growing_by_one_and_by_the_other(rule, stack, scale):
+    share = make_share("ab", stack=stack, k=3)
+    one_by_one = copy.deepcopy(share)
+    new = make_adapters("cd")
+    new["d"].factors = {layer: (scale * B, A) for layer, (B, A) in new["d"].factors.items()}
+    share.merge(new, grow=True, **rule)
+    for task in "cd":
+        one_by_one.merge({task: new[task]}, grow=True, **rule)
+    for together, apart in zip(bases(share), bases(one_by_one), strict=True):
+        assert same_span(together, apart)
+
+
 @variants(inside=["small", "large"], stack=STACKS)
 def test_growing_keeps_a_small_adapter_beside_a_huge_one(inside, stack):
     """One lies in the bases, where of it only rounding is outside; the other lies outside."""

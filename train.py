@@ -110,14 +110,15 @@ def accuracy(model, batch):
 
 
 def fit(model, batches, lr, last_lr=0.0):
-    """Train all that requires gradients with Adam, whose rate goes from lr to last_lr.
+    """Train all that requires gradients with Adam, whose rate goes in a line from lr to last_lr.
 
     Returns the last loss and how many numbers were trained.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = list(batches)
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last_lr / lr, len(batches))
+    rate = {"start_factor": 1.0, "end_factor": last_lr / lr, "total_iters": len(batches)}
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, **rate)
     for batch in batches:
         optimizer.zero_grad()
         loss = loss_fn(model, batch)
@@ -132,7 +133,7 @@ def pretrain(s):
     """The base model, which deciphers with any key in clear, and prompts to test that."""
     torch.manual_seed(s.seed)
     model = ToyTransformer(2 * LETTERS + s.first + s.later, s.width, length=KEY + MESSAGE)
-    generator = torch.Generator().manual_seed(s.seed)
+    generator = torch.Generator().manual_seed(100 * s.seed + 98)  # of no task: see Experiment
 
     def batch_in_clear(size):
         keys = torch.randint(LETTERS, (size, KEY), generator=generator)
@@ -252,7 +253,9 @@ class Experiment:
 
     def __init__(self, s):
         self.s = s
-        generator = torch.Generator().manual_seed(100 * s.seed + 99)  # training has + 0, + 1, …
+        # Each use has a generator of its own: 100 * seed + t for training on task t (t = their
+        # number: on all), + 98 for pre-training, + 99 here.
+        generator = torch.Generator().manual_seed(100 * s.seed + 99)
         self.keys = torch.randint(LETTERS, (s.first + s.later, KEY), generator=generator)
         self.names = [f"task {t}" for t in range(len(self.keys))]
         tags = [torch.full((s.test,), t) for t in range(len(self.keys))]
@@ -281,7 +284,7 @@ class Experiment:
         return [accuracy(model, test) for test in self.tests[:count]]
 
     def matrix_row(self, learned):
-        """A row of the accuracy matrix: of the tasks so far these, of those to come the base's."""
+        """A row of the accuracy matrix: `learned`, of the tasks so far, then the base's."""
         return learned + self.base_accuracies[len(learned) :]
 
     def new_lora(self, start_name, r):
@@ -323,11 +326,11 @@ class Experiment:
         """
         s = self.s
         seed = 100 * s.seed + t
+        # In the block the task's coefficients, and temporary columns, are all of model.parameters()
+        # that requires gradients: an ordinary training loop learns them. At its end they are kept
+        # or, if phi > 0, merged: phase 3.
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
-            # In the block the task's coefficients, and temporary columns, are all of
-            # model.parameters() that requires gradients: an ordinary training loop learns them.
             loss, trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        # Its end has kept the coefficients or, if phi > 0, merged the task: phase 3.
         return loss, trained
 
     def selected_accuracies(self, share, model, tasks):
@@ -364,8 +367,8 @@ def compare(s, everything=False):
     # Phase 1: bases from the LoRA adapters of the first tasks.
     basis_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(basis_adapters, variance=s.variance, stack=s.stack)
-    # These tasks were learned as LoRA, so LoRA's rows begin Share's accuracy matrix. What the bases
-    # lose of the tasks then counts as forgetting.
+    # When they were learned, these tasks were LoRA's. So LoRA's rows begin Share's accuracy matrix,
+    # and what the bases lose of the tasks counts as forgetting.
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
     # Phase 2: coefficients for each later task.
     share = copy.deepcopy(built)
@@ -386,7 +389,7 @@ def check(methods):
         ("lora_sequential: forgetting", methods["lora_sequential"]["forgetting"], 0.5, math.inf),
     ]
     for name, most in (("share", 0.01), ("share_merge", 0.02), ("share_grow", 0.02)):
-        if name in methods:
+        if name in methods:  # the latter two with --all
             part = methods[name]["acc"] / lora["acc"]
             claims.append((f"{name}: ACC / lora_per_task's", part, 0.98, math.inf))
             claims.append((f"{name}: forgetting", methods[name]["forgetting"], -math.inf, most))
@@ -405,18 +408,14 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """The least number of tasks n, from `first` on, for which Share stores less than `other`.
-
-    n tasks take fixed + n * share_each numbers, and n * other_each. fixed: the bases, and what the
-    first tasks' coefficients, of rank r, have beyond those of a later task.
-    """
+    """The least number of tasks, `first` or more, for which Share stores less than `other`."""
     share = methods["share"]
-    tasks = len(share["accuracy_matrix"])
-    share_each = share["trained_per_task"]
-    other_each = methods[other]["trained_per_task"]
-    fixed = share["stored"] - tasks * share_each
-    least = fixed // (other_each - share_each) + 1
-    return max(first, least)
+    share_each = share["trained_per_task"]  # what one more task costs Share,
+    other_each = methods[other]["trained_per_task"]  # and the other
+    # The rest that Share stores, the bases above all, is the same for any number of tasks.
+    fixed = share["stored"] - len(share["accuracy_matrix"]) * share_each
+    # fixed + n * share_each < n * other_each  means  n > fixed / (other_each - share_each)
+    return max(first, fixed // (other_each - share_each) + 1)
 
 
 def spread(values, digits):
@@ -453,7 +452,7 @@ def other_rows(e, built, first_rows, share, model):
     # For comparison.
     _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, e.s.seed), [])
     rows["lora_joint"] = lora_joint(e)
-    # Uses of the share that has all tasks; the latter two add one to it.
+    # Uses of the share that has all tasks; the latter two each add a task to it.
     rows["share_routed"] = share_routed(e, share, model)
     rows["share_average"] = share_average(e, share, model)
     rows["share_general"] = share_general(e, share, model)
@@ -521,7 +520,7 @@ def share_general(e, share, model):
 
 
 def row_of_one_task(e, share, model, name):
-    """The row of one task of the share on the prompts of all."""
+    """The row of one of the share's tasks, tried on the prompts of all tasks."""
     share.select(name)
     stored = num_basis_parameters(share) + num_parameters(share, name)
     return row_of_accuracies(e.accuracies(model), stored)
@@ -581,7 +580,7 @@ def learn_new(e, share, tasks, p, phi=0, grow=True):
 
 
 def scaling(seed, counts, n=1024, r=8):
-    """Times of phase 1 and of a merge, and numbers stored, for so many tasks; by the defaults.
+    """Times of phase 1 and of a merge, and numbers stored, for so many tasks; as in the paper.
 
     published: time of the merge as published. apart: numbers of the adapters themselves.
     """
@@ -628,11 +627,12 @@ def load_and_merge_as_published(path, adapter):
     A_stack = torch.cat([A for _, A in pairs]).T
     coefficients = []
     for stack in (B_stack, A_stack):
-        centred = stack - stack.mean(1, keepdim=True)
-        U, S, _ = torch.linalg.svd(centred, full_matrices=False)
-        explained = S.square().cumsum(0)
-        k = 1 + int((explained < share.variance * explained[-1]).sum())
-        coefficients.append(U[:, :k].T @ stack)  # the paper projects the factors as they are
+        mean = stack.mean(1, keepdim=True)
+        U, S, _ = torch.linalg.svd(stack - mean, full_matrices=False)
+        explained = S.square().cumsum(0) / S.square().sum()  # by one direction, by two, …
+        too_few = int((explained < share.variance).sum())
+        basis = U[:, : too_few + 1]
+        coefficients.append(basis.T @ stack)  # of the columns as they are, with their mean
     return coefficients
 
 
@@ -665,13 +665,20 @@ def svg(methods, seed):
 
 
 # --- PEFT's files
-# Where its config has one of these, an adapter is more than W0 x + scaling B A x:
-PEFT_VARIANTS = """use_dora lora_bias use_qalora use_bdlora layer_replication kasa_config
-target_parameters trainable_token_indices alora_invocation_tokens arrow_config monteclora_config"""
-PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # those that leave W0 as it is
-# `save_peft` leaves out how training started, and what says by other means which layers there are:
-PEFT_DROPPED = """eva_config corda_config loftq_config rank_pattern alpha_pattern
-exclude_modules layers_to_transform layers_pattern"""
+# Options of PEFT (up to 0.21) that a plain LoRA does not have; an adapter with one set is refused:
+PEFT_VARIANTS = [
+    *("use_dora", "lora_bias", "use_qalora", "use_bdlora"),  # another forward pass
+    *("arrow_config", "kasa_config", "monteclora_config"),  # the same
+    *("target_parameters", "trainable_token_indices"),  # of more than nn.Linear
+    *("alora_invocation_tokens", "layer_replication"),  # for some tokens alone; more layers
+]
+# Values of init_lora_weights that leave W0 as it is; pissa, for one, changes it:
+PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# What `save_peft` leaves out: how training started, and ranks and layers, which it writes itself.
+PEFT_DROPPED = [
+    *("eva_config", "corda_config", "loftq_config", "rank_pattern", "alpha_pattern"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern"),
+]
 PEFT_NAME = r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight"
 
 
@@ -713,7 +720,10 @@ def load_peft(directory):
 
 
 def check_extras(extras, config, directory):
-    """ValueError for a tensor called lora_…, unless it is a head's of that name."""
+    """ValueError for a LoRA tensor that is no A or B, such as lora_magnitude_vector.
+
+    Among the extras it would be kept but not applied. A head may have such a name, though.
+    """
     heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
     for name in extras:
         for part in name.split("."):
@@ -724,7 +734,7 @@ def check_extras(extras, config, directory):
 
 def check_plain_lora(config, directory):
     """ValueError, with what the config says, unless ΔW is scaling B A and W0 is unchanged."""
-    says = {name: config[name] for name in PEFT_VARIANTS.split() if config.get(name)}
+    says = {name: config[name] for name in PEFT_VARIANTS if config.get(name)}
     if config.get("peft_type") != "LORA":
         says["peft_type"] = config.get("peft_type")
     if config.get("init_lora_weights") not in PEFT_STARTS:
@@ -754,7 +764,7 @@ def save_peft(adapter, directory):
     """
     directory = Path(directory)
     r = max(len(A) for _, A in adapter.factors.values())
-    config = {key: adapter.config[key] for key in adapter.config if key not in PEFT_DROPPED.split()}
+    config = {key: adapter.config[key] for key in adapter.config if key not in PEFT_DROPPED}
     config |= {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False}
     config |= {"init_lora_weights": True, "target_modules": peft_targets(adapter)}
     tensors = dict(adapter.extras)
@@ -779,18 +789,20 @@ def peft_targets(adapter):
 
     A config's are not enough where it narrows them by other means, as those are not written.
     """
+    layers = list(adapter.factors)
+    all_layers = "|".join(map(re.escape, layers))
+    for key in ("exclude_modules", "layers_to_transform"):
+        if adapter.config.get(key) not in (None, [], ""):  # 0, one layer's number, narrows, too
+            return all_layers
     targets = adapter.config.get("target_modules") or []
     if isinstance(targets, set):  # as LoraConfig.to_dict() has it
         targets = sorted(targets)
     if isinstance(targets, str):  # one pattern, or "all-linear", which is the name of no layer
-        named = [layer for layer in adapter.factors if re.fullmatch(targets, layer)]
+        named = all(re.fullmatch(targets, layer) for layer in layers)
     else:
         endings = tuple(f".{target}" for target in targets)
-        named = [layer for layer in adapter.factors if f".{layer}".endswith(endings)]
-    narrowed = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
-    if len(named) == len(adapter.factors) and all(x in (None, [], "") for x in narrowed):
-        return targets
-    return "|".join(map(re.escape, adapter.factors))
+        named = all(f".{layer}".endswith(endings) for layer in layers)
+    return targets if named else all_layers
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -852,11 +864,12 @@ class Router:
 
 
 def whitening(residuals):
-    """scale (f, f): residuals (N, f) @ scale have about the identity as their covariance."""
+    """scale (f, f): norms of residuals (N, f) @ scale are Mahalanobis distances."""
     covariance = residuals.T @ residuals / len(residuals)
-    diagonal = covariance.diagonal().clamp_min(1e-6 * covariance.max() + 1e-30)
-    # a tenth of the diagonal, or directions that few samples have would look certain
+    diagonal = covariance.diagonal().clamp_min(1e-6 * covariance.max() + 1e-30)  # never 0
+    # Shrunk towards the diagonal, as directions that few samples have would look too certain.
     covariance = covariance.lerp(diagonal.diag(), 0.1)
+    # covariance = L L^T, so residuals L^-T have the identity as theirs.
     return torch.linalg.inv(torch.linalg.cholesky(covariance)).T
 
 
@@ -871,7 +884,8 @@ def average(share, tasks, name, p=None):
         if pairs:
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
-    if p is None:  # by the sum of the ranks `add` loses nothing, but keeps no needless columns
+    if p is None:  # n tasks of rank r have n r columns. `add` cuts none of their ΔW off with so
+        # many, but its SVD needs no more columns than the bases have directions.
         p = max((len(A) for _, A in factors.values()), default=1)
     share.add(name, Adapter(factors), p)
 
