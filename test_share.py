@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import textwrap
+import threading
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -171,8 +172,8 @@ def test_phase_2_is_adam_on_dense_weights():
     starts = {"first": start[:2], "second": start[2:]}
     slow = SlowShare(0.6)
     slow.bases = share.bases
-    slow.learn(plain, starts, x, lr=0.02)
-    train_coefficients(share, model, "new", x, square_loss, p=2, lr=0.02, seed=7)
+    slow.learn(plain, starts, x, lr=0.01)  # the default
+    train_coefficients(share, model, "new", x, square_loss, p=2, seed=7)
     learned = {layer: held["new"] for layer, held in share.coefficients.items()}
     torch.testing.assert_close(learned, starts, rtol=0, atol=1e-9)
 
@@ -435,8 +436,9 @@ def test_faint_directions_beside_heavy_ones_are_those_of_the_svd(shape, dtype):
     faint = torch.logspace(-4.52, -5.7, 490, dtype=torch.float64)  # from 3e-5 to 2e-6
     stack = with_singular_values(torch.cat([torch.ones(10).double(), faint]), *shape).to(dtype)
     expected = torch.linalg.svd(stack.double()).U[:, 10:20]
-    light_half = build_basis(stack, k=20)[:, 10:].double()
-    assert (expected.T @ light_half).norm() ** 2 / 10 > 0.99
+    basis = build_basis(stack, k=400).double()
+    assert (expected.T @ basis[:, 10:20]).norm() ** 2 / 10 > 0.99
+    assert (basis.T @ basis - torch.eye(400)).abs().max() < 1e-6
 
 
 @variants(stack=STACKS, dtype=[torch.float64, torch.float32])
@@ -699,7 +701,7 @@ def test_a_task_without_an_update_stays_without_one(stack, tmp_path):
     assert share.retained() == pytest.approx(dict.fromkeys(share.tasks, 1))
 
 
-@variants(context=[AUTOCAST, torch.no_grad])
+@variants(context=[AUTOCAST, torch.no_grad, torch.inference_mode])
 def test_a_share_made_in_any_context_is_exact_and_trains(context, tmp_path):
     adapters = make_adapters("abcd", dtype=torch.float32, shared=5)
     for adapter in adapters.values():
@@ -714,10 +716,14 @@ def test_a_share_made_in_any_context_is_exact_and_trains(context, tmp_path):
         share.merge({"d": adapters["d"]}, grow=True)
         share.save(tmp_path / "share")
         share.detach(share.attach(model), "a")
+        loaded = Share.load(tmp_path / "share")
+        moved = copy.deepcopy(share)
+        module.move_layer(moved, "first", torch.device("meta"))
+    assert not moved.bases["first"][0].is_inference()
     assert relative(model.first.weight, expected) < 1e-6
     extras = [share.reconstruct(task).extras["head"] for task in "abcd"]
     assert not any(tensor.requires_grad for tensor in tensors(share) + extras)
-    for made in (share, Share.load(tmp_path / "share")):
+    for made in (share, loaded):
         assert error(made, adapters) < 1e-5
         x = [batch(torch.float32)] * 3
         losses = train_coefficients(made, made.attach(net(torch.float32)), "new", x, square_loss)
@@ -1326,6 +1332,25 @@ def test_each_change_shows_whole_tasks_and_spares_the_others():
         assert error(share, {task: before[task] for task in kept}) < 1e-9
 
 
+def test_a_change_waits_for_that_of_another_thread(monkeypatch):
+    def merge_and_wait(*arguments, **rule):
+        if thread.ident is None:
+            thread.start()
+        thread.join(0.1)  # in vain
+        return fast_merge_layer(*arguments, **rule)
+
+    share = make_share("abc", variance=0.9)
+    thread = threading.Thread(target=share.add, args=("x", GOOD))
+    fast_merge_layer = module.fast_merge_layer
+    monkeypatch.setattr(module, "fast_merge_layer", merge_and_wait)
+    share.merge(make_adapters("d"))
+    thread.join()
+    assert share.tasks == ["a", "b", "c", "d", "x"]
+    for layer, (beta, alpha) in share.bases.items():
+        inside = beta @ beta.T @ GOOD.delta(layer) @ alpha @ alpha.T
+        assert relative(share.reconstruct("x").delta(layer), inside) < 1e-9
+
+
 def test_a_save_is_whole_whoever_else_changes_saves_or_loads(tmp_path):
     def interrupt():
         loaded = Share.load(path)
@@ -1388,7 +1413,8 @@ UNKNOWN = r"task 'x' is unknown; the share has \['a', 'b'\]"
 EYE = torch.eye(5)
 EMPTY = Share.from_adapters({"a": Adapter({"first": (torch.zeros(20, 1), torch.zeros(1, 30))})})
 X = [Adapter({"x": (torch.ones(n, 1), torch.ones(1, 3))}) for n in (4, 5)]
-WRAPPERS = [type(x, (nn.Sequential,), {}) for x in ("FullyShardedDataParallel", "DeepSpeedEngine")]
+PREPARED = ("DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+WRAPPERS = [type(x, (nn.Sequential,), {}) for x in PREPARED]
 
 
 def enter(share, model, task="new", **settings):
@@ -1445,6 +1471,8 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(change, words):
     *[(lambda s, m, cls=cls: enter(s, nn.Sequential(cls(m))), cls.__name__) for cls in WRAPPERS],
     (lambda s, m: enter(s, nn.Identity()), "layer 'first' is not attached"),
     *[(lambda s, m, p=p: enter(s, m, p=p), "p is") for p in (0, None, 1.5)],
+    *[(lambda s, m, v=v: enter(s, m, sigma=v), "sigma is") for v in (0, -1, torch.inf, torch.nan)],
+    (lambda s, m: enter(s, nn.ModuleList([m, s.attach(net())])), "'first' is attached twice"),
     *[(lambda s, m, v=v: enter(s, m, phi=v), f"phi is {v}; .* from 0 to 3") for v in (-1, 1.0, 4)],
     (lambda s, m: enter(Share(), m, phi=1), "phi is 1; .* from 0 to 0"),
     (lambda s, m: enter(s, m, "a"), "task 'a' exists"),
@@ -1729,6 +1757,29 @@ def test_a_router_is_worked_out_by_hand():
     assert Router.fit({"a": features["a"]}).radius == pytest.approx(1.0)
 
 
+@variants(apart=[0.5, 3.0, 30.0])
+def test_a_router_is_as_its_docstring_says(apart):
+    def distance(r):  # Mahalanobis', with a tenth of the diagonal
+        return (
+            r @ torch.linalg.solve(0.9 * covariance + 0.1 * covariance.diagonal().diag(), r)
+        ).sqrt()
+
+    samples = apart * randn(3, 1, 4) + randn(3, 60, 4) @ randn(4, 4)
+    residuals = []
+    for x in samples:
+        residuals += [x[i] - torch.cat([x[:i], x[i + 1 :]]).mean(0) for i in range(60)]
+    covariance = sum(torch.outer(r, r) for r in residuals) / 180
+    to_own = torch.stack([distance(r) for r in residuals])
+    to_others = []
+    for a, b, c in (samples, samples[[1, 2, 0]], samples[[2, 0, 1]]):
+        to_others += [min(distance(x - b.mean(0)), distance(x - c.mean(0))) for x in a]
+    own, others = to_own.quantile(0.98), torch.stack(to_others).quantile(0.02)
+    router = Router.fit(dict(zip("abc", samples, strict=True)))
+    assert router.radius == pytest.approx(max(own, (own + others) / 2).item())
+    r = samples[0][0] - samples[1][0]
+    assert float((r @ router.scale).norm()) == pytest.approx(float(distance(r)))
+
+
 def test_a_router_sees_small_differences_where_tasks_hardly_vary():
     def draw(sign):
         return noise + sign * offset + 0.1 * torch.randn(200, 5)
@@ -1831,6 +1882,71 @@ def test_a_row_has_what_was_trained_stored_and_measured(phi):
         share.select(e.names[j])
         right = model(tokens)[:, 3:, :16].argmax(-1) == answer
         assert row["accuracy_matrix"][2][j] == pytest.approx(right.double().mean().item())
+
+
+def recorded(monkeypatch, owner, name):
+    """[(arguments, settings)] of each call of a function that will be made; shares are copied."""
+
+    def record(*arguments, **settings):
+        copies = [copy.deepcopy(x) if isinstance(x, Share) else x for x in arguments]
+        calls.append((copies, settings))
+        return function(*arguments, **settings)
+
+    calls = []
+    function = getattr(owner, name)
+    monkeypatch.setattr(owner, name, record)
+    return calls
+
+
+def test_each_row_is_of_the_method_it_is_named_after(monkeypatch):
+    learned = recorded(monkeypatch, train.Experiment, "learn_tasks")
+    fits = recorded(monkeypatch, train, "fit")
+    general = recorded(monkeypatch, train, "train_coefficients")
+    monkeypatch.setattr(Router, "route", lambda self, features: [None] * len(features))
+    s = train.Settings(**TINY)
+    rows = train.compare(s, everything=True)
+    calls = {
+        method: (e, share, first_rows, settings)
+        for (e, method, share, first_rows), settings in learned
+    }
+    e, built, first_rows, settings = calls["share"]
+    assert settings == {}
+    assert built.tasks == e.names[:2]
+    assert first_rows == rows["lora_per_task"]["accuracy_matrix"][:2]
+    for name, grow in (("share_merge", False), ("share_grow", True)):
+        _, share, rows_of_lora, settings = calls[name]
+        assert_all_equal(tensors(share), tensors(built))
+        assert rows_of_lora == first_rows
+        assert settings == {"phi": 1, "grow": grow}
+    _, random, no_rows, settings = calls["random_basis"]
+    assert random.tasks == no_rows == []
+    for own, basis in zip(bases(random), bases(built), strict=True):
+        assert own.shape == basis.shape
+        assert torch.allclose(own.T @ own, torch.eye(own.shape[1]), atol=1e-5)
+        assert not torch.allclose(own @ own.T, basis @ basis.T, atol=0.1)
+    assert rows["share_routed"]["acc"] == sum(e.base_accuracies) / 4  # the Router said so
+    rates = [(arguments[2], settings.get("last_lr", 0.0)) for arguments, settings in fits]
+    lora, lora_r1, of_share = (s.lora_lr, 0.0), (s.lora_r1_lr, 0.0), (s.lr, s.lr)
+    assert rates[:13] == [(s.base_lr, 0.0), *[lora] * 4, *[lora_r1] * 4, *[lora] * 4]
+    assert set(rates[13:]) == {of_share, lora}
+    assert general[0][1] == {"p": s.general_p, "lr": s.lr, "seed": s.seed}
+    tags = [tokens[:, 0].tolist() for tokens, _ in e.mixed_batches(9)]
+    assert {tag - 32 for batch in tags for tag in batch} == {0, 1, 2, 3}
+
+
+def test_the_rate_goes_in_a_line(monkeypatch):
+    rates = []
+    step = torch.optim.Adam.step
+
+    def record(self, closure=None):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    generator = torch.Generator()
+    batches = [train.make_batch(generator, torch.tensor([[1, 2, 3]]))] * 4
+    train.fit(train.ToyTransformer(32, 16).to(DEVICE), batches, 0.1, last_lr=0.02)
+    assert rates == pytest.approx([0.1, 0.08, 0.06, 0.04])
 
 
 def test_a_row_does_not_depend_on_which_others_ran():
