@@ -9,7 +9,7 @@ two bases, which all tasks have in common. A task then consists of its coefficie
     W0                   n × d             frozen; n = out_features, d = in_features
     B, A                 n × p, p × d      one task's LoRA factors, every scaling folded in
     beta, alpha          n × kβ, d × kα    orthonormal bases; k differs by layer and side
-    eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p: its rank, mostly 1
+    eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p: its adapter's rank, or less
 
 Phase 1 makes the bases: they are the main directions of the factors of some finished adapters.
 Phase 2 learns a new task: its coefficients are trained while the bases are frozen. Where the
@@ -75,14 +75,13 @@ class ShareLinear(nn.Linear):
     def forward(self, input):
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
-        if not isinstance(task, tuple):
-            factors = self.share.factors(self.layer, task)
-            if factors is None:  # no task, or one that leaves this layer alone
-                return h
-            B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
-            delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
-        else:  # ours: another task for each sample
-            delta_x = mixed_batch(self.share, self.layer, task, input)
+        if isinstance(task, tuple):  # ours: another task for each sample
+            return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
+        factors = self.share.factors(self.layer, task)
+        if factors is None:  # no task, or one that leaves this layer alone
+            return h
+        B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
+        delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
         return (h + delta_x).to(h.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
 
 
@@ -116,17 +115,21 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     return share
 
 
-def build_layer(pairs, variance, k=None, stacking="factors"):
+def build_layer(pairs, variance, k=None, stacking="factors", at_least=(0, 0)):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
+    at_least: ours, how large beta and alpha are at least, if they can be: see `merge_layer`.
     """
     bases = []
     for side in (0, 1):  # the B's give beta, the A^T's give alpha
         # 1. Put the factors of all tasks side by side.
         columns = side_by_side(pairs, side, stacking)
         # 2. Take the main directions of these columns.
-        bases.append(build_basis(columns, variance, k, centred=stacking == "factors"))
+        basis = build_basis(columns, variance, k, centred=stacking == "factors")
+        if basis.shape[1] < at_least[side]:
+            basis = build_basis(columns, k=at_least[side])
+        bases.append(basis)
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
     return tuple(bases), coefficients
@@ -157,7 +160,7 @@ def build_basis(stack, variance=0.6, k=None, centred=True):
         # 2. Take the main directions.
         basis = main_directions(X - mean, variance, k, rounding)
         # 3. Ours: add the mean's direction.
-        basis = with_mean(basis, mean, X)
+        basis = with_mean(basis, mean, X.shape[1], rounding)
     else:  # ours
         basis = main_directions(X, variance, k, rounding)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
@@ -171,7 +174,8 @@ def main_directions(X, variance, k, rounding):
     U, S = left_svd(X, rounding)
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first, by the first two, …
-        # 1e-13: the sums are rounded, but each direction adds ROUNDING² = 1e-12 or more.
+        # 1.0 is to mean all, and the last sum may be 0.99999…. 1e-13 is more than that error, but
+        # less than what a direction adds, which is ROUNDING² = 1e-12 or more.
         too_few = explained < variance - 1e-13
         k = int(too_few.sum()) + 1
     return torch.linalg.qr(U[:, :k]).Q  # as left_svd's U is orthonormal only roughly
@@ -215,9 +219,10 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
-    phi: temporary columns beside each basis, fewer than the largest k; more than p of them are of
-    no use. After the block they are merged. grow=True (ours) adds directions to the bases and loses
-    nothing; grow=False, the paper's phase 3, may lose much of the new task, see `retained`.
+    phi: temporary columns beside each basis, fewer than the largest k. (B has p columns, so that p
+    of them are enough.) After the block the task is merged,
+        grow=False  by the paper's phase 3, which may lose much of it, see `retained`;
+        grow=True   by ours, the default, which adds directions to the bases and loses nothing.
     finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
     """
     # 1. Start from random coefficients and, if phi > 0, random temporary columns.
@@ -236,10 +241,11 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     # 5. phi > 0: they are coefficients in wider bases, [beta, columns_beta]. But their product B A
     #    is a finished adapter, which phase 3 takes in.
     factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-    if not grow:
-        share.merge({task: Adapter(factors)})
-    else:  # ours; the variance is of what the task has outside the bases, and 1.0 is all of that
-        share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
+    new = {task: Adapter(factors)}
+    if grow:  # ours: the bases get all that the adapter has outside of them, and nothing is lost
+        share.merge(new, variance=1.0, grow=True)
+    else:  # the paper's
+        share.merge(new)
 
 
 def start_layer(bases, p, phi, sigma, generator):
@@ -280,9 +286,9 @@ def learned_factors(bases, parameters):
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
-    variance: that the bases explain; None takes the share's. k: the size of the bases, in place of
-    the variance. Earlier tasks may change, and directions that no task uses are lost. With grow
-    (ours) bases and earlier tasks stay, and directions are added, with k until there are k.
+    variance, k: see `build_basis`; with neither, the share's variance. Earlier tasks may change,
+    and directions that no task uses are lost. grow=True (ours): bases and earlier tasks stay, and
+    directions are added that explain `variance` of what is outside, or, with k, fill up to k.
     """
     if variance is None:
         variance = share.variance
@@ -292,12 +298,12 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     coefficients = {}
     for layer, new in share._pairs_by_layer(adapters).items():
         if layer not in share.bases:
-            found = build_layer(new, **rule)
-        elif not grow:  # the paper's: merge_layer, below, by way of a faster wrapper
-            found = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # ours
-            found = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        bases[layer], coefficients[layer] = found
+            merged = build_layer(new, **rule)
+        elif grow:  # ours
+            merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
+        else:  # the paper's: merge_layer, below, only faster
+            merged = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
+        bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
 
@@ -313,19 +319,15 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again.
-    new_bases, coefficients = build_layer(pairs, variance, k, stacking)
-    # 4. Ours: of many old tasks few directions are left, of which the variance rule takes a part in
-    #    each merge (10 random tasks, then one more each time: 13, 8, 6, 5). So no basis shrinks.
-    if k is None:
-        new_bases, coefficients = not_smaller(bases, new_bases, pairs, stacking)
-    return new_bases, coefficients
+    # 3. Phase 1 again. Ours: without k no basis gets smaller. By the variance alone it would, and
+    #    tasks fade: 10 random tasks of rank 4 have 13 directions, one more at a time 8, 6, 5.
+    at_least = (beta.shape[1], alpha.shape[1]) if k is None else (0, 0)
+    return build_layer(pairs, variance, k, stacking, at_least)
 
 
 # --- Part 2, everything else. The share, which the phases fill
-CHANGES = (
-    threading.RLock()
-)  # for all shares: a lock of its own would keep a share from being copied
+# One lock for all shares, as copy.deepcopy cannot copy a lock.
+CHANGES = threading.RLock()
 
 
 def changing(method):
@@ -347,7 +349,7 @@ class Share:
 
     # The phases, as methods: on the right are the functions of Part 1.
     from_adapters = classmethod(changing(from_adapters))
-    learn = learn
+    learn = learn  # its last step is `_keep` or `merge`, which wait
     merge = changing(merge)
 
     def __init__(self, variance=0.6, stack="factors"):
@@ -421,15 +423,18 @@ class Share:
 
         task: a name, None, or a sequence of these, one for each sample (x's first dimension).
         """
-        is_mixed = hasattr(task, "__iter__") and not isinstance(task, str)
-        names = tuple(task) if is_mixed else (task,)
-        if is_mixed and self.learning is not None and self.learning in names:
-            raise ValueError(f"task {self.learning!r} is being learned: not in a mixed batch")
+        if isinstance(task, str) or not hasattr(task, "__iter__"):
+            selected = task
+            names = (task,)
+        else:
+            selected = tuple(task)
+            names = selected
+            if self.learning is not None and self.learning in names:
+                raise ValueError(f"task {self.learning!r} is being learned: not in a mixed batch")
         for name in names:
-            if name is None or name == self.learning:  # a new task in its block has no record yet
-                continue
-            self._check_task(name)
-        self.selected = names if is_mixed else task
+            if name is not None and name != self.learning:  # which may have no record yet
+                self._check_task(name)
+        self.selected = selected
 
     def factors(self, layer, task):
         """LoRA's (B (n, p), A (p, d)) of a task; None for no task, or where it has no ΔW."""
@@ -522,9 +527,9 @@ class Share:
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
         # The paper has phi < k. Here k differs by layer and side: the largest counts.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
-        largest = max([1, *sizes]) - 1  # 0 if all bases are empty
-        if type(phi) is not int or not 0 <= phi <= largest:
-            raise ValueError(f"phi is {phi!r}; it takes an integer from 0 to {largest}")
+        max_phi = max([1, *sizes]) - 1  # 0 if all bases are empty
+        if type(phi) is not int or not 0 <= phi <= max_phi:
+            raise ValueError(f"phi is {phi!r}; it takes an integer from 0 to {max_phi}")
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
         start = {}
         for layer, (beta, alpha) in self.bases.items():
@@ -543,7 +548,7 @@ class Share:
         start = {}
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
-                eps_beta, eps_alpha = self.coefficients[layer][task]
+                eps_beta, eps_alpha = self.coefficients[layer][task]  # `learn` trains a copy
                 start[layer] = nn.ParameterDict([("eps_beta", eps_beta), ("eps_alpha", eps_alpha)])
         return start
 
@@ -559,8 +564,9 @@ class Share:
                 for layer, parameters in trained.items():
                     follow_weight(attached[layer])  # the bases go to the weight's device
                     parameters.to(self.bases[layer][0].device)
-                    attached[layer].learned = parameters  # so they are in model.parameters()
-                self.trained = trained  # which `factors` reads for `forward`
+                    # The layer has them, too, so that model.parameters() has them for a Trainer.
+                    attached[layer].learned = parameters
+                self.trained = trained  # from these `factors` makes B and A for `forward`
                 self.learning = task
                 self.selected = task
                 yield
@@ -734,8 +740,8 @@ def squared_norm(adapter):
 def left_svd(X, rounding):
     """U (n, r) and S (r) of X = U S V^T, the largest first, without those S up to rounding.
 
-    1.3 to 2 times, and for wide X up to 6 times faster than torch.linalg.svd. Less exact, too:
-    errors of S are 1e-8 of the largest, and columns of U with a small S orthogonal only roughly.
+    1.3 to 2 times, and for wide X up to 6 times faster than torch.linalg.svd. S is wrong by 1e-8 of
+    the largest, less than ROUNDING, and U's columns with a small S are orthogonal only roughly.
     """
     if X.shape[0] <= X.shape[1]:
         squares, U = torch.linalg.eigh(X @ X.T)  # X X^T = U S² U^T, the smallest first
@@ -775,13 +781,13 @@ def best_rank(eps, p):
 
 
 # --- Ours, and a faster merge
-def with_mean(basis, mean, X):
-    """Ours: a basis of the columns X minus their mean, and beside it the mean's direction.
+def with_mean(basis, mean, m, rounding):
+    """Ours: a basis, and beside it the direction of the mean that was subtracted from m columns.
 
-    `project` does not subtract the mean, so the basis has to hold it. It may do so already, but for
-    rounding, which is measured beside an average column.
+    `project` does not subtract the mean, so the basis has to hold it. It may do so already.
     """
-    if outside_of(basis, mean).norm() <= ROUNDING * X.norm(dim=0).mean():
+    missing = outside_of(basis, mean).norm() * m**0.5  # the norm of m such columns
+    if missing <= rounding:
         return basis
     return torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
 
@@ -808,12 +814,12 @@ def stack_updates(pairs, side):
 
 
 def fast_merge_layer(bases, old, new, **rule):
-    """What merge_layer(bases, old, new, **rule) returns, by columns of q numbers in place of n.
+    """merge_layer(bases, old, new, **rule), by columns of q numbers in place of n.
 
     All columns x of a side lie in the span of the old basis and the new factors. With an
     orthonormal basis Q (n, q) of it, x = Q y, where y = Q^T x. Q keeps lengths and angles, so the
     means, norms and main directions of the y are Q^T times those of the x. So the y are merged, and
-    Q times their basis is that of the x. The coefficients are the same.
+    Q times their basis is that of the x, up to signs of directions. The coefficients are the same.
     """
     Qs = []
     for side in (0, 1):
@@ -830,22 +836,6 @@ def fast_merge_layer(bases, old, new, **rule):
     return (beta, alpha), coefficients
 
 
-def not_smaller(old_bases, bases, pairs, stacking):
-    """Ours: each new basis that is smaller than the old one is made again, at the old one's size.
-
-    That takes the first directions of the columns of {task: (B, A^T)}, with no mean subtracted, or
-    all, if their rank is lower. Returns the bases, and the coefficients of all tasks in them.
-    """
-    kept = []
-    for side in (0, 1):
-        basis = bases[side]
-        size = old_bases[side].shape[1]
-        if basis.shape[1] < size:
-            basis = build_basis(side_by_side(pairs, side, stacking), k=size)
-        kept.append(basis)
-    return tuple(kept), {task: project(kept, pair) for task, pair in pairs.items()}
-
-
 def grow_layer(bases, old, new, variance, k, stacking):
     """Phase 3, ours: the bases stay; of each new adapter they get what it has outside of them.
 
@@ -857,13 +847,16 @@ def grow_layer(bases, old, new, variance, k, stacking):
         beta = grow_basis(beta, side_by_side({task: pair}, 0, stacking), variance, k)
         alpha = grow_basis(alpha, side_by_side({task: pair}, 1, stacking), variance, k)
     coefficients = {}
-    for task, (eps_beta, eps_alpha) in old.items():  # rows of zeros for the added directions
-        zeros_beta = (0, 0, 0, beta.shape[1] - len(eps_beta))
-        zeros_alpha = (0, 0, 0, alpha.shape[1] - len(eps_alpha))
-        coefficients[task] = F.pad(eps_beta, zeros_beta), F.pad(eps_alpha, zeros_alpha)
+    for task, (eps_beta, eps_alpha) in old.items():
+        coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
+
+
+def with_rows(eps, basis):
+    """Coefficients with rows of zeros for the directions that were added to their basis."""
+    return torch.cat([eps, eps.new_zeros(basis.shape[1] - len(eps), eps.shape[1])])
 
 
 def grow_basis(basis, stack, variance, most):
@@ -950,8 +943,8 @@ def frozen(model):
 
 def put_back(buffer, value):
     """Write a buffer, or leave it if PyTorch cannot write it."""
-    # A buffer that was made in inference_mode can be written only there; all others there, too. An
-    # expanded one, many elements on one number in memory, can never be written: RuntimeError.
+    # Outside of inference_mode PyTorch refuses to write a buffer that was made in it; inside, all
+    # can be written. Only an expanded one, many elements on one number in memory, never can.
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
 
@@ -1071,7 +1064,8 @@ def write_whole(path, content):
 # - TRL with lm_head, diffusers after fuse_qkv_projections and some blocks of timm read weights and
 #   do not call the layers, so they use W0 only. Fold the task in first: detach(model, task).
 # - quanto's quantize, torchao's float8 training and resize_token_embeddings put new modules in
-#   place of attached ones, which drops the task. Fold it in first, or use torchao's quantize_.
+#   place of attached ones, which drops the task. Fold it in first, or use torchao's quantize_,
+#   which keeps the layers.
 # - detach(model, task) makes new Parameters. Make the optimizer after it.
 # - A deep copy of a model has a deep copy of the share: model.get_submodule(layer).share.
 # - PEFT: of a live model with plain LoRA take B = lora_B.weight * layer.scaling[name] and
@@ -1090,9 +1084,9 @@ def write_whole(path, content):
 # - Make optimizers, Trainers, DistributedDataParallel and moving averages in the block of learn,
 #   and load the best checkpoint before it ends.
 # - fully_shard replaces the parameters that learn yields: call it in the block, and then train
-#   those of model.parameters() that require gradients. A model that is sharded, by that or before
-#   attach, can be used, but learns nothing more. Tensor parallelism and nn.DataParallel do not
-#   work.
+#   those of model.parameters() that require gradients. A model that is already sharded, from an
+#   earlier block or from before attach, can serve tasks, but enters no block of learn. Tensor
+#   parallelism and nn.DataParallel do not work at all.
 # - A head that trains along is yours: unfreeze it in the block, copy it for each task, put it back.
 # - To give a learned task extras: reconstruct it, set them, remove it, add it.
 # - BatchNorm in training mode fits the batch's statistics, which are put back. Call eval() on it.

@@ -599,7 +599,7 @@ def scaling(seed, counts, n=1024, r=8):
         path = Path(folder) / "share.safetensors"
         for tasks in counts:
             adapters = {f"task {i}": new_adapter() for i in range(tasks)}
-            build = seconds(1, Share.from_adapters, adapters)
+            build = seconds(3, Share.from_adapters, adapters)
             Share.from_adapters(adapters).save(path)
             merge = 1000 * seconds(5, load_and_merge, path, new_adapter())
             published = 1000 * seconds(1, load_and_merge_as_published, path, new_adapter())
