@@ -752,7 +752,7 @@ def left_svd(X, rounding):
         squares, V = torch.linalg.eigh(X.T @ X)  # X^T X = V S² V^T
         kept = squares > rounding**2
         S = squares[kept].sqrt().flip(0)
-        U = X @ V[:, kept].flip(1) / S  # as X V = U S
+        U = X @ (V[:, kept].flip(1) / S)  # as X V = U S
     return U, S
 
 
