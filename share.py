@@ -126,9 +126,12 @@ def build_layer(pairs, variance, k=None, stacking="factors", at_least=(0, 0)):
         # 1. Put the factors of all tasks side by side.
         columns = side_by_side(pairs, side, stacking)
         # 2. Take the main directions of these columns.
-        basis = build_basis(columns, variance, k, centred=stacking == "factors")
+        if stacking == "factors":
+            basis = build_basis(columns, variance, k)
+        else:  # ours
+            basis = uncentred_basis(columns, variance, k)
         if basis.shape[1] < at_least[side]:
-            basis = build_basis(columns, k=at_least[side])
+            basis = uncentred_basis(columns, variance, at_least[side])
         bases.append(basis)
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
@@ -142,27 +145,24 @@ def side_by_side(pairs, side, stacking):
     return torch.cat([pair[side] for pair in pairs.values()], dim=1)
 
 
-def build_basis(stack, variance=0.6, k=None, centred=True):
+def build_basis(stack, variance=0.6, k=None):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    The paper: the fewest directions that explain `variance` of the columns minus their mean. Ours:
-    the mean's direction is added, as `project` does not subtract the mean.
-    Ours, too: the k directions that lose least of the columns as they are (fewer, if their rank is
-    lower); or, with centred=False, the fewest that explain `variance` of these.
-    What is 1e-6 of the whole, or less, counts as rounding. Computed in float64, returned as float32
-    at least. ValueError: an argument out of range.
+    They are the fewest that explain `variance` of the columns minus their mean. Ours: the mean's
+    direction is added, as `project` does not subtract the mean. Ours, too: k sets their number, and
+    no mean is subtracted, see `uncentred_basis`.
+    Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
+    if k is not None:
+        return uncentred_basis(stack, variance, k)
     X = check_stack(stack, variance, k).double()
-    rounding = ROUNDING * X.norm()
-    if k is None and centred:
-        # 1. Subtract the mean column.
-        mean = X.mean(dim=1, keepdim=True)
-        # 2. Take the main directions.
-        basis = main_directions(X - mean, variance, k, rounding)
-        # 3. Ours: add the mean's direction.
-        basis = with_mean(basis, mean, X.shape[1], rounding)
-    else:  # ours
-        basis = main_directions(X, variance, k, rounding)
+    rounding = ROUNDING * X.norm()  # what is smaller counts as 0
+    # 1. Subtract the mean column.
+    mean = X.mean(dim=1, keepdim=True)
+    # 2. Take the main directions.
+    basis = main_directions(X - mean, variance, None, rounding)
+    # 3. Ours: add the mean's direction.
+    basis = with_mean(basis, mean, X.shape[1], rounding)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -173,11 +173,7 @@ def main_directions(X, variance, k, rounding):
     """
     U, S = left_svd(X, rounding)
     if k is None:
-        explained = (S**2).cumsum(0) / (S**2).sum()  # by the first, by the first two, …
-        # 1.0 is to mean all, and the last sum may be 0.99999…. 1e-13 is more than that error, but
-        # less than what a direction adds, which is ROUNDING² = 1e-12 or more.
-        too_few = explained < variance - 1e-13
-        k = int(too_few.sum()) + 1
+        k = fewest(S, variance)
     return torch.linalg.qr(U[:, :k]).Q  # as left_svd's U is orthonormal only roughly
 
 
@@ -319,8 +315,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: without k no basis gets smaller. By the variance alone it would, and
-    #    tasks fade: 10 random tasks of rank 4 have 13 directions, one more at a time 8, 6, 5.
+    # 3. Phase 1 again. Ours: without k no basis gets smaller; else each merge would keep a part, by
+    #    the variance rule, of what the last one kept.
     at_least = (beta.shape[1], alpha.shape[1]) if k is None else (0, 0)
     return build_layer(pairs, variance, k, stacking, at_least)
 
@@ -756,6 +752,15 @@ def left_svd(X, rounding):
     return U, S
 
 
+def fewest(S, variance):
+    """How many directions, with singular values S, explain `variance`."""
+    explained = (S**2).cumsum(0) / (S**2).sum()  # by the first, by the first two, …
+    # 1.0 is to mean all, and the last sum may be 0.99999…. 1e-13 is more than that error, but less
+    # than what a direction adds, which is ROUNDING² = 1e-12 or more.
+    too_few = explained < variance - 1e-13
+    return int(too_few.sum()) + 1
+
+
 def outside_of(basis, X):
     """The part of the columns X (n, m), in float64, that is orthogonal to a basis."""
     basis = basis.double()
@@ -781,6 +786,17 @@ def best_rank(eps, p):
 
 
 # --- Ours, and a faster merge
+def uncentred_basis(columns, variance, k):
+    """Ours: as `build_basis`, of the columns (n, m) as they are, with no mean subtracted.
+
+    k: the k directions that lose least of the columns, or fewer, if their rank is lower. None: the
+    fewest that explain `variance`.
+    """
+    X = check_stack(columns, variance, k).double()
+    basis = main_directions(X, variance, k, ROUNDING * X.norm())
+    return basis.to(torch.promote_types(columns.dtype, torch.float32))
+
+
 def with_mean(basis, mean, m, rounding):
     """Ours: a basis, and beside it the direction of the mean that was subtracted from m columns.
 
