@@ -26,7 +26,9 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
 share.bases is {layer: (beta, alpha)}, share.coefficients {layer: {task: (eps_beta, eps_alpha)}}.
-Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks.
+Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Of that
+the mean's direction in a basis and the least size of a merged one are always there, and `learn`
+with phi > 0 grows the bases unless grow=False.
 """
 
 import contextlib
@@ -119,20 +121,15 @@ def build_layer(pairs, variance, k=None, stacking="factors", at_least=(0, 0)):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    at_least: ours, how large beta and alpha are at least, if they can be: see `merge_layer`.
+    at_least: the sizes that beta and alpha have at least, see `enlarged`.
     """
     bases = []
     for side in (0, 1):  # the B's give beta, the A^T's give alpha
         # 1. Put the factors of all tasks side by side.
         columns = side_by_side(pairs, side, stacking)
         # 2. Take the main directions of these columns.
-        if stacking == "factors":
-            basis = build_basis(columns, variance, k)
-        else:  # ours
-            basis = uncentred_basis(columns, variance, k)
-        if basis.shape[1] < at_least[side]:
-            basis = uncentred_basis(columns, variance, at_least[side])
-        bases.append(basis)
+        basis = build_basis(columns, variance, k, centred=stacking == "factors")
+        bases.append(enlarged(basis, columns, at_least[side]))  # ours, for merges
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
     return tuple(bases), coefficients
@@ -145,24 +142,27 @@ def side_by_side(pairs, side, stacking):
     return torch.cat([pair[side] for pair in pairs.values()], dim=1)
 
 
-def build_basis(stack, variance=0.6, k=None):
+def build_basis(stack, variance=0.6, k=None, centred=True):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
     They are the fewest that explain `variance` of the columns minus their mean. Ours: the mean's
-    direction is added, as `project` does not subtract the mean. Ours, too: k sets their number, and
-    no mean is subtracted, see `uncentred_basis`.
+    direction is added, as `project` does not subtract the mean.
+    Ours, with k: the k directions that lose least when the columns are projected, or fewer, if
+    their rank is lower. As they are projected with their mean, it is not subtracted.
+    Ours, with centred=False: as in the paper, but no mean is subtracted, for `stack_updates`.
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
-    if k is not None:
-        return uncentred_basis(stack, variance, k)
     X = check_stack(stack, variance, k).double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    # 1. Subtract the mean column.
-    mean = X.mean(dim=1, keepdim=True)
-    # 2. Take the main directions.
-    basis = main_directions(X - mean, variance, None, rounding)
-    # 3. Ours: add the mean's direction.
-    basis = with_mean(basis, mean, X.shape[1], rounding)
+    if k is None and centred:
+        # 1. Subtract the mean column.
+        mean = X.mean(dim=1, keepdim=True)
+        # 2. Take the main directions.
+        basis = main_directions(X - mean, variance, None, rounding)
+        # 3. Ours: add the mean's direction.
+        basis = with_mean(basis, mean, X.shape[1], rounding)
+    else:  # ours
+        basis = main_directions(X, variance, k, rounding)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -228,7 +228,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     #    B and A, by way of Share.factors, from `learned_factors`: so gradients reach it.
     with share._training(model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
-    # 3. Take the layers that have moved. Others, which the loss never reached, are at their start.
+    # 3. Drop the layers that have not moved, as the loss never reached them: there the task would
+    #    be its random start.
     ends = moved_layers(task, start, trained)
     # 4. phi = 0: what was trained are coefficients in the bases. Keep them.
     if phi == 0:
@@ -282,9 +283,10 @@ def learned_factors(bases, parameters):
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
-    variance, k: see `build_basis`; with neither, the share's variance. Earlier tasks may change,
-    and directions that no task uses are lost. grow=True (ours): bases and earlier tasks stay, and
-    directions are added that explain `variance` of what is outside, or, with k, fill up to k.
+    variance, k: see `build_basis`; with neither, the share's variance (an earlier k is not kept).
+    Earlier tasks may change, and directions that no task uses are lost. grow=True (ours): bases and
+    earlier tasks stay, and directions are added that explain `variance` of what is outside, or,
+    with k, fill up to k.
     """
     if variance is None:
         variance = share.variance
@@ -315,8 +317,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: without k no basis gets smaller; else each merge would keep a part, by
-    #    the variance rule, of what the last one kept.
+    # 3. Phase 1 again. Ours: without k no basis gets smaller. The variance rule keeps, say, 60 % of
+    #    what it sees. Of the old tasks it sees the 60 % of last time, and would keep 60 % of that.
     at_least = (beta.shape[1], alpha.shape[1]) if k is None else (0, 0)
     return build_layer(pairs, variance, k, stacking, at_least)
 
@@ -728,8 +730,8 @@ def squared_norm(adapter):
     total = 0.0
     for factors in adapter.factors.values():
         B, A = [factor.detach().cpu().double() for factor in factors]
-        # ‖B A‖² = trace((B^T B)(A A^T)); of symmetric X and Y trace(X Y) is the sum of X * Y
-        total += float(((B.T @ B) * (A @ A.T)).sum())
+        # ‖B A‖² = trace(A^T B^T B A) = trace(B^T B A A^T), which is only r × r
+        total += float(torch.trace(B.T @ B @ (A @ A.T)))
     return total
 
 
@@ -786,17 +788,6 @@ def best_rank(eps, p):
 
 
 # --- Ours, and a faster merge
-def uncentred_basis(columns, variance, k):
-    """Ours: as `build_basis`, of the columns (n, m) as they are, with no mean subtracted.
-
-    k: the k directions that lose least of the columns, or fewer, if their rank is lower. None: the
-    fewest that explain `variance`.
-    """
-    X = check_stack(columns, variance, k).double()
-    basis = main_directions(X, variance, k, ROUNDING * X.norm())
-    return basis.to(torch.promote_types(columns.dtype, torch.float32))
-
-
 def with_mean(basis, mean, m, rounding):
     """Ours: a basis, and beside it the direction of the mean that was subtracted from m columns.
 
@@ -806,6 +797,13 @@ def with_mean(basis, mean, m, rounding):
     if missing <= rounding:
         return basis
     return torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
+
+
+def enlarged(basis, columns, at_least):
+    """Ours: the basis of some columns (n, m), made anew with so many directions if it has fewer."""
+    if basis.shape[1] < at_least:
+        return build_basis(columns, k=at_least)
+    return basis
 
 
 def stack_updates(pairs, side):
@@ -972,7 +970,8 @@ def follow_weight(linear, inputs=()):
     """
     device = linear.weight.device
     if device.type == "meta" and inputs:
-        # Offloaded by accelerate: after this hook it loads the weight to the input's device.
+        # Offloaded by accelerate: after this hook it loads the weight to its execution device. In a
+        # model the input is there already.
         device = inputs[0].device
     if device.type != "meta" and linear.share.bases[linear.layer][0].device != device:
         move_layer(linear.share, linear.layer, device)
