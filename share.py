@@ -33,9 +33,7 @@ with phi > 0 grows the bases unless grow=False.
 
 import contextlib
 import copy
-import functools
 import json
-import threading
 import uuid
 import zlib
 from dataclasses import dataclass, field
@@ -121,52 +119,50 @@ def build_layer(pairs, variance, k=None, stacking="factors", at_least=(0, 0)):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    at_least: the sizes that beta and alpha have at least, see `enlarged`.
+    Ours: k, stacking, and at_least, the least sizes of beta and alpha.
     """
-    bases = []
-    for side in (0, 1):  # the B's give beta, the A^T's give alpha
-        # 1. Put the factors of all tasks side by side.
-        columns = side_by_side(pairs, side, stacking)
-        # 2. Take the main directions of these columns.
-        basis = build_basis(columns, variance, k, centred=stacking == "factors")
-        bases.append(enlarged(basis, columns, at_least[side]))  # ours, for merges
+    if stacking == "updates":  # ours
+        bases = bases_of_updates(pairs, variance, k, at_least)
+    else:
+        # 1. Put the B's of all tasks side by side, and their A^T's.
+        Bs = torch.cat([B for B, _ in pairs.values()], dim=1)
+        A_Ts = torch.cat([A_T for _, A_T in pairs.values()], dim=1)
+        # 2. Take the main directions of each.
+        beta = build_basis(Bs, variance, k, at_least[0])
+        alpha = build_basis(A_Ts, variance, k, at_least[1])
+        bases = beta, alpha
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
-    return tuple(bases), coefficients
+    return bases, coefficients
 
 
-def side_by_side(pairs, side, stacking):
-    """The B's of all tasks (side 0), or their A^T's (side 1), as one matrix (n, m)."""
-    if stacking == "updates":  # ours
-        return stack_updates(pairs, side)
-    return torch.cat([pair[side] for pair in pairs.values()], dim=1)
-
-
-def build_basis(stack, variance=0.6, k=None, centred=True):
+def build_basis(stack, variance=0.6, k=None, at_least=0):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
     They are the fewest that explain `variance` of the columns minus their mean. Ours: the mean's
     direction is added, as `project` does not subtract the mean.
-    Ours, with k: the k directions that lose least when the columns are projected, or fewer, if
-    their rank is lower. As they are projected with their mean, it is not subtracted.
-    Ours, with centred=False: as in the paper, but no mean is subtracted, for `stack_updates`.
+    k (ours): in place of that, the k directions that lose least when the columns are projected, or
+    fewer, if their rank is lower. As they are projected with their mean, it is not subtracted.
+    at_least (ours): if there are fewer directions than this, as with k = at_least.
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     X = check_stack(stack, variance, k).double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    if k is None and centred:
+    if k is None:
         # 1. Subtract the mean column.
         mean = X.mean(dim=1, keepdim=True)
-        # 2. Take the main directions.
-        basis = main_directions(X - mean, variance, None, rounding)
+        # 2. Take the main directions of the rest.
+        basis = main_directions(X - mean, rounding, variance)
         # 3. Ours: add the mean's direction.
         basis = with_mean(basis, mean, X.shape[1], rounding)
-    else:  # ours
-        basis = main_directions(X, variance, k, rounding)
+        if basis.shape[1] < at_least:
+            k = at_least
+    if k is not None:  # ours
+        basis = main_directions(X, rounding, k=k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
-def main_directions(X, variance, k, rounding):
+def main_directions(X, rounding, variance=None, k=None):
     """The first left singular vectors (n, k) of X (n, m): k, or the fewest that explain `variance`.
 
     Those with a singular value up to rounding are left out.
@@ -319,36 +315,18 @@ def merge_layer(bases, old, new, variance, k, stacking):
     pairs.update(new)
     # 3. Phase 1 again. Ours: without k no basis gets smaller. The variance rule keeps, say, 60 % of
     #    what it sees. Of the old tasks it sees the 60 % of last time, and would keep 60 % of that.
-    at_least = (beta.shape[1], alpha.shape[1]) if k is None else (0, 0)
-    return build_layer(pairs, variance, k, stacking, at_least)
+    sizes = beta.shape[1], alpha.shape[1]
+    return build_layer(pairs, variance, k, stacking, at_least=sizes)
 
 
 # --- Part 2, everything else. The share, which the phases fill
-# One lock for all shares, as copy.deepcopy cannot copy a lock.
-CHANGES = threading.RLock()
-
-
-def changing(method):
-    """A method that changes a share: one at a time, while other threads wait.
-
-    Outside of inference_mode, as tensors that are made in it can never be trained.
-    """
-
-    @functools.wraps(method)
-    def wrapped(*args, **kwargs):
-        with CHANGES, torch.inference_mode(False):
-            return method(*args, **kwargs)
-
-    return wrapped
-
-
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
     # The phases, as methods: on the right are the functions of Part 1.
-    from_adapters = classmethod(changing(from_adapters))
-    learn = learn  # its last step is `_keep` or `merge`, which wait
-    merge = changing(merge)
+    from_adapters = classmethod(from_adapters)
+    learn = learn
+    merge = merge
 
     def __init__(self, variance=0.6, stack="factors"):
         check_numbers(variance)
@@ -491,7 +469,6 @@ class Share:
         return model
 
     # --- Ours: a task more, a task less
-    @changing
     def add(self, task, adapter, p=None):
         """Project one more task onto the bases; what is outside is lost. p: see `from_adapters`."""
         check_numbers(p=p)
@@ -502,7 +479,6 @@ class Share:
             coefficients[layer] = {task: best_rank(project(self.bases[layer], pairs[task]), p)}
         self._store({task: adapter}, {}, coefficients)
 
-    @changing
     def remove(self, task):
         """Forget a task; the bases stay. A selection that names it becomes None."""
         self._check_idle()
@@ -561,7 +537,10 @@ class Share:
             try:
                 for layer, parameters in trained.items():
                     follow_weight(attached[layer])  # the bases go to the weight's device
-                    parameters.to(self.bases[layer][0].device)
+                    device = self.bases[layer][0].device
+                    # Copy them, as tensors that were made in inference mode cannot be trained with.
+                    move_layer(self, layer, device)
+                    parameters.to(device)
                     # The layer has them, too, so that model.parameters() has them for a Trainer.
                     attached[layer].learned = parameters
                 self.trained = trained  # from these `factors` makes B and A for `forward`
@@ -575,7 +554,6 @@ class Share:
                 for layer in trained:
                     attached[layer]._modules.pop("learned", None)
 
-    @changing
     def _keep(self, task, ends):
         """Take in trained coefficients, {layer: {"eps_beta", "eps_alpha"}}."""
         # `_store` records ‖ΔW‖², extras and config, so it needs the whole adapter: if the task is
@@ -629,7 +607,6 @@ class Share:
         write_whole(path, safetensors.torch.save(tensors))
 
     @classmethod
-    @changing
     def load(cls, path):
         """Read what `save` wrote. ValueError for another file, or where one bit has changed."""
         raw = Path(path).read_bytes()  # in one go: another process may replace the file
@@ -769,6 +746,13 @@ def outside_of(basis, X):
     return X - basis @ (basis.T @ X)
 
 
+def add_directions(basis, columns):
+    """A basis, and beside it the directions of columns from outside of it."""
+    # Project again: where little was outside, they are orthogonal to the basis only roughly.
+    added = torch.linalg.qr(outside_of(basis, columns)).Q
+    return torch.cat([basis, added.to(basis.dtype)], dim=1)
+
+
 def best_rank(eps, p):
     """Coefficients with at most p columns, with the least change of ΔW.
 
@@ -793,38 +777,45 @@ def with_mean(basis, mean, m, rounding):
 
     `project` does not subtract the mean, so the basis has to hold it. It may do so already.
     """
-    missing = outside_of(basis, mean).norm() * m**0.5  # the norm of m such columns
-    if missing <= rounding:
+    outside = outside_of(basis, mean)
+    if outside.norm() * m**0.5 <= rounding:  # the norm of m such columns
         return basis
-    return torch.linalg.qr(torch.cat([basis, mean], dim=1)).Q
+    return add_directions(basis, outside)
 
 
-def enlarged(basis, columns, at_least):
-    """Ours: the basis of some columns (n, m), made anew with so many directions if it has fewer."""
-    if basis.shape[1] < at_least:
-        return build_basis(columns, k=at_least)
-    return basis
+def bases_of_updates(pairs, variance, k, at_least):
+    """Ours: the bases of a layer, as `build_layer` has them, of the tasks' ΔW alone.
+
+    Each (B, A^T) is replaced by its `update_pair`, divided by its norm, which is ‖ΔW‖: all tasks
+    weigh the same. No mean is subtracted: it says nothing of columns that may be rotated.
+    """
+    updates = [update_pair(pair) for pair in pairs.values()]
+    bases = []
+    for side in (0, 1):
+        norms = torch.stack([update[side].norm() for update in updates])
+        # A ΔW far below the largest may be rounding, and stays small. 1e-300: all may be 0.
+        norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)
+        columns = [update[side] / norm for update, norm in zip(updates, norms, strict=True)]
+        X = torch.cat(columns, dim=1)
+        rounding = ROUNDING * X.norm()
+        basis = main_directions(X, rounding, variance, k)
+        if k is None and basis.shape[1] < at_least[side]:
+            basis = main_directions(X, rounding, k=at_least[side])
+        bases.append(basis.to(next(iter(pairs.values()))[side].dtype))
+    return tuple(bases)
 
 
-def stack_updates(pairs, side):
-    """Ours: in place of each task's B (side 1: A^T) a matrix C that depends on its ΔW alone.
+def update_pair(pair):
+    """Ours: in place of (B, A^T) a pair that depends on ΔW = B A alone, in float64.
 
     (B M)(M^-1 A) is the same ΔW as B A, but B M has other main directions than B. So take
     C = B R^T, where A^T = Q R. As ΔW = B A = B R^T Q^T = C Q^T and Q is orthonormal, C has the left
-    singular vectors and values of ΔW. (Side 1: likewise for ΔW^T = A^T B^T.) Each C is divided by
-    its norm: all tasks weigh the same. The mean of its columns says nothing, as C may be rotated.
+    singular vectors and values of ΔW; its columns may be rotated. (Likewise for ΔW^T = A^T B^T.)
     """
-    updates = []
-    for pair in pairs.values():
-        left, right = pair[side].double(), pair[1 - side].double()
-        R = torch.linalg.qr(right, mode="r").R
-        updates.append(left @ R.T)  # C
-    norms = torch.stack([C.norm() for C in updates])
-    # A C far below the largest may be rounding, and stays small. 1e-300: all may be 0.
-    norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)
-    columns = [C / norm for C, norm in zip(updates, norms, strict=True)]
-    dtype = next(iter(pairs.values()))[side].dtype
-    return torch.cat(columns, dim=1).to(dtype)
+    B, A_T = [side.double() for side in pair]
+    R_of_B = torch.linalg.qr(B, mode="r").R
+    R_of_A = torch.linalg.qr(A_T, mode="r").R
+    return B @ R_of_A.T, A_T @ R_of_B.T
 
 
 def fast_merge_layer(bases, old, new, **rule):
@@ -857,9 +848,10 @@ def grow_layer(bases, old, new, variance, k, stacking):
     grows.
     """
     beta, alpha = bases
-    for task, pair in new.items():  # one by one, as each has its own rounding
-        beta = grow_basis(beta, side_by_side({task: pair}, 0, stacking), variance, k)
-        alpha = grow_basis(alpha, side_by_side({task: pair}, 1, stacking), variance, k)
+    for pair in new.values():  # one by one, as each has its own rounding
+        B, A_T = update_pair(pair) if stacking == "updates" else pair
+        beta = grow_basis(beta, B, variance, k)
+        alpha = grow_basis(alpha, A_T, variance, k)
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
@@ -880,11 +872,9 @@ def grow_basis(basis, stack, variance, most):
     """
     stack = stack.double()
     room = None if most is None else max(0, most - basis.shape[1])
-    # 1. Take the main directions of what is outside, if it is more than rounding.
-    added = main_directions(outside_of(basis, stack), variance, room, ROUNDING * stack.norm())
-    # 2. Project again: where little was outside, they are orthogonal to the basis only roughly.
-    added = torch.linalg.qr(outside_of(basis, added)).Q
-    return torch.cat([basis, added.to(basis.dtype)], dim=1)
+    outside = outside_of(basis, stack)
+    rounding = ROUNDING * stack.norm()  # of the whole stack: what is outside may be rounding alone
+    return add_directions(basis, main_directions(outside, rounding, variance, room))
 
 
 # --- Mixed batches
@@ -977,14 +967,13 @@ def follow_weight(linear, inputs=()):
         move_layer(linear.share, linear.layer, device)
 
 
-@changing
 def move_layer(share, layer, device):
-    """Move a layer's bases and coefficients."""
+    """Put copies of a layer's bases and coefficients on a device."""
     bases, coefficients, records = share.held
-    basis_pair = tuple(basis.to(device) for basis in bases[layer])
+    basis_pair = tuple(basis.to(device, copy=True) for basis in bases[layer])
     by_task = {}
     for task, eps in coefficients[layer].items():
-        by_task[task] = tuple(side.to(device) for side in eps)
+        by_task[task] = tuple(side.to(device, copy=True) for side in eps)
     share.held = bases | {layer: basis_pair}, coefficients | {layer: by_task}, records
 
 
@@ -1110,6 +1099,7 @@ def write_whole(path, content):
 # - Learn in one thread at a time. To serve meanwhile, learn on copy.deepcopy((model, share)), then
 #   share.add(task, copied.reconstruct(task)). Use such a copy for trials with phi > 0, too: their
 #   columns stay in the bases even after remove.
+# - While one thread changes a share, others may use and save it, but not change it.
 
 
 # --- A toy
