@@ -100,7 +100,7 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     """Phase 1: a share of {task: Adapter}, one or more.
 
     variance, k: see `build_basis`; the paper's 0.6 may keep little, see `retained`. stack: the
-    paper's "factors", or "updates", see `stack_updates`. p: the pseudo-rank, to which tasks are
+    paper's "factors", or "updates", see `bases_of_updates`. p: the pseudo-rank, to which tasks are
     cut; None does not cut.
     """
     check_numbers(variance, k=k, p=p)

@@ -73,7 +73,7 @@ class Settings:
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
     # Share, whose rate stays
-    stack: str = "updates"  # or "factors", the paper's: see `stack_updates` in share.py
+    stack: str = "updates"  # or "factors", the paper's: see `bases_of_updates` in share.py
     variance: float = 0.95  # that the bases explain
     p: int = 1  # pseudo-rank: columns of a task's coefficients
     general_p: int = 4  # the same, of one set of coefficients for all tasks at once
