@@ -26,9 +26,10 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
 share.bases is {layer: (beta, alpha)}, share.coefficients {layer: {task: (eps_beta, eps_alpha)}}.
-Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Of that
-the mean's direction in a basis and the least size of a merged one are always there, and `learn`
-with phi > 0 grows the bases unless grow=False.
+Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Most of
+it is optional. Three things are on by default: a basis also holds the mean of what it was made
+from; a merge keeps a basis at least as large as it was; and `learn` with phi > 0 only adds to the
+bases.
 """
 
 import contextlib
@@ -75,14 +76,15 @@ class ShareLinear(nn.Linear):
     def forward(self, input):
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
-        if isinstance(task, tuple):  # ours: another task for each sample
-            return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
-        factors = self.share.factors(self.layer, task)
-        if factors is None:  # no task, or one that leaves this layer alone
-            return h
-        B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
-        delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
-        return (h + delta_x).to(h.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
+        if isinstance(task, str):
+            factors = self.share.factors(self.layer, task)
+            if factors is not None:  # the task has a ΔW in this layer
+                B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
+                delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
+                h = (h + delta_x).to(h.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
+        elif task is not None:  # ours: a tuple, with a task for each sample
+            h = (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
+        return h
 
 
 def lora_factors(bases, eps):
@@ -121,9 +123,7 @@ def build_layer(pairs, variance, k=None, stacking="factors", at_least=(0, 0)):
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
     Ours: k, stacking, and at_least, the least sizes of beta and alpha.
     """
-    if stacking == "updates":  # ours
-        bases = bases_of_updates(pairs, variance, k, at_least)
-    else:
+    if stacking == "factors":
         # 1. Put the B's of all tasks side by side, and their A^T's.
         Bs = torch.cat([B for B, _ in pairs.values()], dim=1)
         A_Ts = torch.cat([A_T for _, A_T in pairs.values()], dim=1)
@@ -131,6 +131,8 @@ def build_layer(pairs, variance, k=None, stacking="factors", at_least=(0, 0)):
         beta = build_basis(Bs, variance, k, at_least[0])
         alpha = build_basis(A_Ts, variance, k, at_least[1])
         bases = beta, alpha
+    else:  # ours: "updates"
+        bases = bases_of_updates(pairs, variance, k, at_least)
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
     return bases, coefficients
@@ -141,12 +143,13 @@ def build_basis(stack, variance=0.6, k=None, at_least=0):
 
     They are the fewest that explain `variance` of the columns minus their mean. Ours: the mean's
     direction is added, as `project` does not subtract the mean.
-    k (ours): in place of that, the k directions that lose least when the columns are projected, or
+    k (ours): in place of these, the k directions that lose least when the columns are projected, or
     fewer, if their rank is lower. As they are projected with their mean, it is not subtracted.
-    at_least (ours): if there are fewer directions than this, as with k = at_least.
+    at_least (ours, for merges): if variance gives fewer directions, take this many as with k.
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
-    X = check_stack(stack, variance, k).double()
+    check_stack(stack, variance, k)
+    X = stack.double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
     if k is None:
         # 1. Subtract the mean column.
@@ -155,9 +158,9 @@ def build_basis(stack, variance=0.6, k=None, at_least=0):
         basis = main_directions(X - mean, rounding, variance)
         # 3. Ours: add the mean's direction.
         basis = with_mean(basis, mean, X.shape[1], rounding)
-        if basis.shape[1] < at_least:
-            k = at_least
-    if k is not None:  # ours
+        if basis.shape[1] < at_least:  # ours
+            basis = main_directions(X, rounding, k=at_least)
+    else:  # ours
         basis = main_directions(X, rounding, k=k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
@@ -169,8 +172,25 @@ def main_directions(X, rounding, variance=None, k=None):
     """
     U, S = left_svd(X, rounding)
     if k is None:
-        k = fewest(S, variance)
-    return torch.linalg.qr(U[:, :k]).Q  # as left_svd's U is orthonormal only roughly
+        explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
+        k = int((explained < variance - 1e-13).sum()) + 1  # 1e-13: the sums are rounded
+    return torch.linalg.qr(U[:, :k]).Q  # QR, as U may be orthonormal only roughly
+
+
+def left_svd(X, rounding):
+    """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
+
+    They come from the eigenvectors of the smaller of X X^T and X^T X, up to 6 times faster than
+    torch.linalg.svd. As these have S², S is wrong by 1e-8 of the largest, which is less than
+    ROUNDING; and U = X V / S is orthonormal only roughly where S is small.
+    """
+    is_wide = X.shape[0] <= X.shape[1]
+    squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)  # the smallest first
+    kept = squares > rounding**2
+    S = squares[kept].sqrt().flip(0)
+    vectors = vectors[:, kept].flip(1)
+    U = vectors if is_wide else X @ (vectors / S)  # else they are V, and X V = U S
+    return U, S
 
 
 def project(bases, pair):
@@ -211,8 +231,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
-    phi: temporary columns beside each basis, fewer than the largest k. (B has p columns, so that p
-    of them are enough.) After the block the task is merged,
+    phi: temporary columns beside each basis, fewer than the largest k. More than p are of no use:
+    the p columns of B leave a basis in at most p directions. After the block the task is merged,
         grow=False  by the paper's phase 3, which may lose much of it, see `retained`;
         grow=True   by ours, the default, which adds directions to the bases and loses nothing.
     finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
@@ -220,25 +240,24 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     # 1. Start from random coefficients and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
-    # 2. The caller trains the copy, and all else is frozen. In the block ShareLinear.forward gets
-    #    B and A, by way of Share.factors, from `learned_factors`: so gradients reach it.
+    # 2. The caller trains the copy, and all else is frozen. Meanwhile ShareLinear.forward gets B
+    #    and A from `learned_factors`, which Share.factors calls: so gradients reach the copy.
     with share._training(model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
-    # 3. Drop the layers that have not moved, as the loss never reached them: there the task would
-    #    be its random start.
+    # 3. Drop the layers that the loss never reached: there the task would be its random start.
     ends = moved_layers(task, start, trained)
-    # 4. phi = 0: what was trained are coefficients in the bases. Keep them.
     if phi == 0:
+        # 4. What was trained are coefficients in the bases. Keep them.
         share._keep(task, ends)
-        return
-    # 5. phi > 0: they are coefficients in wider bases, [beta, columns_beta]. But their product B A
-    #    is a finished adapter, which phase 3 takes in.
-    factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-    new = {task: Adapter(factors)}
-    if grow:  # ours: the bases get all that the adapter has outside of them, and nothing is lost
-        share.merge(new, variance=1.0, grow=True)
-    else:  # the paper's
-        share.merge(new)
+    else:
+        # 4. What was trained are coefficients in wider bases, [beta, columns_beta]. But their
+        #    product B A is a finished adapter, which phase 3 takes in.
+        factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
+        new = {task: Adapter(factors)}
+        if grow:  # ours: the bases get all that the adapter has outside of them: nothing is lost
+            share.merge(new, variance=1.0, grow=True)
+        else:  # the paper's
+            share.merge(new)
 
 
 def start_layer(bases, p, phi, sigma, generator):
@@ -281,8 +300,8 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
 
     variance, k: see `build_basis`; with neither, the share's variance (an earlier k is not kept).
     Earlier tasks may change, and directions that no task uses are lost. grow=True (ours): bases and
-    earlier tasks stay, and directions are added that explain `variance` of what is outside, or,
-    with k, fill up to k.
+    earlier tasks stay, and each new adapter in turn adds directions: so many that they explain
+    `variance` of what it has outside the bases; or, with k, until a basis has k.
     """
     if variance is None:
         variance = share.variance
@@ -293,10 +312,10 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     for layer, new in share._pairs_by_layer(adapters).items():
         if layer not in share.bases:
             merged = build_layer(new, **rule)
-        elif grow:  # ours
-            merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # the paper's: merge_layer, below, only faster
+        elif not grow:  # the paper's: this calls merge_layer, below, with shortened columns
             merged = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
+        else:  # ours
+            merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
@@ -313,8 +332,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: without k no basis gets smaller. The variance rule keeps, say, 60 % of
-    #    what it sees. Of the old tasks it sees the 60 % of last time, and would keep 60 % of that.
+    # 3. Phase 1 again. Ours: a basis keeps its size, if its tasks still span it. By the variance
+    #    rule alone each merge would keep, say, 60 % of the 60 % that the last one has left of them.
     sizes = beta.shape[1], alpha.shape[1]
     return build_layer(pairs, variance, k, stacking, at_least=sizes)
 
@@ -323,7 +342,7 @@ def merge_layer(bases, old, new, variance, k, stacking):
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
-    # The phases, as methods: on the right are the functions of Part 1.
+    # The functions of Part 1 become methods. What they call share is self.
     from_adapters = classmethod(from_adapters)
     learn = learn
     merge = merge
@@ -334,10 +353,9 @@ class Share:
             raise ValueError(f"stack is {stack!r}; it takes 'factors' or 'updates'")
         self.variance = float(variance)  # that the bases explain, see `build_basis`
         self.stacking = stack  # "factors", the paper's, or "updates", ours
-        # One tuple, replaced as a whole, so that no other thread or signal handler, which reads it,
-        # ever sees half a change. The properties below say what is in it.
-        bases, coefficients, records = {}, {}, {}
-        self.held = bases, coefficients, records
+        # One tuple, replaced as a whole: whoever reads it once, in another thread or in a signal
+        # handler, never sees half a change.
+        self.held = {}, {}, {}  # bases, coefficients, records: see the properties below
         self.selected = None  # a task, None, or a tuple of these, one for each sample of a batch
         self.learning = None  # the task that is being learned, inside a block of `learn`
         self.trained = {}  # its parameters in that block: {layer: nn.ParameterDict}
@@ -375,7 +393,8 @@ class Share:
         modules = dict(model.named_modules(remove_duplicate=False))
         attached = self._attached(model)
         linears = {}
-        for layer in [layer for layer in self.bases if layer not in attached]:
+        new_layers = [layer for layer in self.bases if layer not in attached]
+        for layer in new_layers:
             if layer not in modules:
                 raise ValueError(f"the model has no layer {layer!r}")
             linear = modules[layer]
@@ -387,9 +406,9 @@ class Share:
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share = self
             linear.layer = layer
-            # Before each forward the hook moves the bases to the weight's device. It has a second
-            # use: nn.TransformerEncoderLayer in eval mode has a fast path that reads the weights
-            # alone, so that ΔW would be lost. Layers with a hook it calls.
+            # Before each forward the hook moves the bases to the weight's device. It also switches
+            # off the fast path of nn.TransformerEncoderLayer, which reads the weights alone and
+            # would lose ΔW.
             linear.hook = linear.register_forward_pre_hook(follow_weight)
             follow_weight(linear)
         return model
@@ -408,16 +427,14 @@ class Share:
             if self.learning is not None and self.learning in names:
                 raise ValueError(f"task {self.learning!r} is being learned: not in a mixed batch")
         for name in names:
-            if name is not None and name != self.learning:  # which may have no record yet
+            if name is not None and name != self.learning:  # a task has no record while it is new
                 self._check_task(name)
         self.selected = selected
 
     def factors(self, layer, task):
-        """LoRA's (B (n, p), A (p, d)) of a task; None for no task, or where it has no ΔW."""
-        if task is None:
-            return None
+        """LoRA's (B (n, p), A (p, d)) of a task in a layer; None where it has no ΔW."""
         if task == self.learning:
-            if layer not in self.trained:  # it has no ΔW there
+            if layer not in self.trained:
                 return None
             return learned_factors(self.bases[layer], self.trained[layer])
         self._check_task(task)
@@ -454,6 +471,7 @@ class Share:
             raise ValueError("no layer of the model is attached, or each carries another share")
         for layer, linear in attached.items():
             check_linear(layer, linear, ShareLinear, self.bases[layer])
+            # neither quantized nor of a tensor subclass
             plain = type(linear.weight) is nn.Parameter and linear.weight.is_floating_point()
             if layer in adapter.factors and not plain:
                 raise ValueError(f"layer {layer!r}: its weight is no plain Parameter of floats")
@@ -501,9 +519,11 @@ class Share:
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
         # The paper has phi < k. Here k differs by layer and side: the largest counts.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
-        max_phi = max([1, *sizes]) - 1  # 0 if all bases are empty
-        if type(phi) is not int or not 0 <= phi <= max_phi:
-            raise ValueError(f"phi is {phi!r}; it takes an integer from 0 to {max_phi}")
+        max_k = max(sizes, default=0)
+        if type(phi) is not int or phi < 0 or phi >= max(max_k, 1):
+            raise ValueError(
+                f"phi is {phi!r}; it takes 0, or an integer below the largest k, {max_k}"
+            )
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
         start = {}
         for layer, (beta, alpha) in self.bases.items():
@@ -523,6 +543,7 @@ class Share:
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]  # `learn` trains a copy
+                # pairs, as it would sort the names of a dict
                 start[layer] = nn.ParameterDict([("eps_beta", eps_beta), ("eps_alpha", eps_alpha)])
         return start
 
@@ -536,14 +557,17 @@ class Share:
         with frozen(model):  # all that it has now; what is added below can train
             try:
                 for layer, parameters in trained.items():
-                    follow_weight(attached[layer])  # the bases go to the weight's device
+                    linear = attached[layer]
+                    # 1. The bases go to the weight's device, and the parameters to theirs. The
+                    #    bases become copies: a tensor made in inference mode can train nothing.
+                    follow_weight(linear)
                     device = self.bases[layer][0].device
-                    # Copy them, as tensors that were made in inference mode cannot be trained with.
                     move_layer(self, layer, device)
                     parameters.to(device)
-                    # The layer has them, too, so that model.parameters() has them for a Trainer.
-                    attached[layer].learned = parameters
-                self.trained = trained  # from these `factors` makes B and A for `forward`
+                    # 2. The layer has them, too, so that model.parameters() has them for a Trainer.
+                    linear.learned = parameters
+                # 3. From these parameters `factors` makes B and A for `forward`.
+                self.trained = trained
                 self.learning = task
                 self.selected = task
                 yield
@@ -556,8 +580,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Take in trained coefficients, {layer: {"eps_beta", "eps_alpha"}}."""
-        # `_store` records ‖ΔW‖², extras and config, so it needs the whole adapter: if the task is
-        # fine-tuned, that of before, with new factors where these have moved.
+        # A record is made of a whole adapter. After fine-tuning it is the old one, with new factors
+        # in the layers that have moved.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -574,7 +598,7 @@ class Share:
         i.eps.0, i.eps.1       in layer i the coefficients of all tasks, side by side
         j.extra.NAME           extras of task j
         state                  all else, as JSON: in safetensors' own header 100 MB is the limit
-        checksum               see there
+        checksum               see the function
         """
         all_bases, all_coefficients, all_records = self.held
         tensors = {}
@@ -712,34 +736,6 @@ def squared_norm(adapter):
     return total
 
 
-def left_svd(X, rounding):
-    """U (n, r) and S (r) of X = U S V^T, the largest first, without those S up to rounding.
-
-    1.3 to 2 times, and for wide X up to 6 times faster than torch.linalg.svd. S is wrong by 1e-8 of
-    the largest, less than ROUNDING, and U's columns with a small S are orthogonal only roughly.
-    """
-    if X.shape[0] <= X.shape[1]:
-        squares, U = torch.linalg.eigh(X @ X.T)  # X X^T = U S² U^T, the smallest first
-        kept = squares > rounding**2
-        S = squares[kept].sqrt().flip(0)
-        U = U[:, kept].flip(1)
-    else:
-        squares, V = torch.linalg.eigh(X.T @ X)  # X^T X = V S² V^T
-        kept = squares > rounding**2
-        S = squares[kept].sqrt().flip(0)
-        U = X @ (V[:, kept].flip(1) / S)  # as X V = U S
-    return U, S
-
-
-def fewest(S, variance):
-    """How many directions, with singular values S, explain `variance`."""
-    explained = (S**2).cumsum(0) / (S**2).sum()  # by the first, by the first two, …
-    # 1.0 is to mean all, and the last sum may be 0.99999…. 1e-13 is more than that error, but less
-    # than what a direction adds, which is ROUNDING² = 1e-12 or more.
-    too_few = explained < variance - 1e-13
-    return int(too_few.sum()) + 1
-
-
 def outside_of(basis, X):
     """The part of the columns X (n, m), in float64, that is orthogonal to a basis."""
     basis = basis.double()
@@ -748,7 +744,7 @@ def outside_of(basis, X):
 
 def add_directions(basis, columns):
     """A basis, and beside it the directions of columns from outside of it."""
-    # Project again: where little was outside, they are orthogonal to the basis only roughly.
+    # The callers have projected once, which is right only roughly where little is outside.
     added = torch.linalg.qr(outside_of(basis, columns)).Q
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
@@ -764,7 +760,7 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
-    if middle.numel() == 0:  # a basis is empty, so ΔW is 0; the SVD would leave no columns
+    if middle.numel() == 0:  # a basis is empty, so ΔW is 0; the SVD would give 0 columns, not p
         return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     root = S[:p].sqrt()
@@ -778,25 +774,34 @@ def with_mean(basis, mean, m, rounding):
     `project` does not subtract the mean, so the basis has to hold it. It may do so already.
     """
     outside = outside_of(basis, mean)
-    if outside.norm() * m**0.5 <= rounding:  # the norm of m such columns
+    if outside.norm() * m**0.5 <= rounding:  # the norm of m columns that all lack this
         return basis
     return add_directions(basis, outside)
 
 
-def bases_of_updates(pairs, variance, k, at_least):
-    """Ours: the bases of a layer, as `build_layer` has them, of the tasks' ΔW alone.
+def update_pair(pair):
+    """Ours: in place of the columns of (B, A^T), (C, D) that depend on ΔW = B A alone, in float64.
 
-    Each (B, A^T) is replaced by its `update_pair`, divided by its norm, which is ‖ΔW‖: all tasks
-    weigh the same. No mean is subtracted: it says nothing of columns that may be rotated.
+    B M and M^-1 A have the same product as B and A, but other main directions. With A^T = Q R,
+
+        ΔW = B A = (B R^T) Q^T = C Q^T
+
+    and as Q is orthonormal, C = B R^T has the left singular vectors and values of ΔW, whatever M
+    is. (Another M rotates the columns of C.) D is the same of ΔW^T. C D^T is not ΔW.
     """
+    B, A_T = [side.double() for side in pair]
+    R_of_B = torch.linalg.qr(B, mode="r").R
+    R_of_A = torch.linalg.qr(A_T, mode="r").R
+    return B @ R_of_A.T, A_T @ R_of_B.T
+
+
+def bases_of_updates(pairs, variance, k, at_least):
+    """Ours: the bases of one layer, as `build_layer` makes them with "updates"."""
     updates = [update_pair(pair) for pair in pairs.values()]
     bases = []
     for side in (0, 1):
-        norms = torch.stack([update[side].norm() for update in updates])
-        # A ΔW far below the largest may be rounding, and stays small. 1e-300: all may be 0.
-        norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)
-        columns = [update[side] / norm for update, norm in zip(updates, norms, strict=True)]
-        X = torch.cat(columns, dim=1)
+        X = side_by_side([update[side] for update in updates])
+        # The mean is not subtracted: columns may be rotated, and then have another one.
         rounding = ROUNDING * X.norm()
         basis = main_directions(X, rounding, variance, k)
         if k is None and basis.shape[1] < at_least[side]:
@@ -805,37 +810,28 @@ def bases_of_updates(pairs, variance, k, at_least):
     return tuple(bases)
 
 
-def update_pair(pair):
-    """Ours: in place of (B, A^T) a pair that depends on ΔW = B A alone, in float64.
-
-    (B M)(M^-1 A) is the same ΔW as B A, but B M has other main directions than B. So take
-    C = B R^T, where A^T = Q R. As ΔW = B A = B R^T Q^T = C Q^T and Q is orthonormal, C has the left
-    singular vectors and values of ΔW; its columns may be rotated. (Likewise for ΔW^T = A^T B^T.)
-    """
-    B, A_T = [side.double() for side in pair]
-    R_of_B = torch.linalg.qr(B, mode="r").R
-    R_of_A = torch.linalg.qr(A_T, mode="r").R
-    return B @ R_of_A.T, A_T @ R_of_B.T
+def side_by_side(matrices):
+    """Matrices (n, r) as one (n, m), each divided by its norm: all tasks weigh the same."""
+    norms = torch.stack([matrix.norm() for matrix in matrices])
+    # One far below the largest may be rounding, and stays small. 1e-300: all may be 0.
+    norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)
+    return torch.cat([matrix / norm for matrix, norm in zip(matrices, norms, strict=True)], dim=1)
 
 
 def fast_merge_layer(bases, old, new, **rule):
-    """merge_layer(bases, old, new, **rule), by columns of q numbers in place of n.
+    """merge_layer(bases, old, new, **rule) by columns of q numbers in place of n.
 
-    All columns x of a side lie in the span of the old basis and the new factors. With an
-    orthonormal basis Q (n, q) of it, x = Q y, where y = Q^T x. Q keeps lengths and angles, so the
-    means, norms and main directions of the y are Q^T times those of the x. So the y are merged, and
-    Q times their basis is that of the x, up to signs of directions. The coefficients are the same.
+    Take an orthonormal basis Q (n, q) of the span of the old basis and the new factors: all columns
+    that merge_layer sees are Q y, with y = Q^T x. Multiplying by Q changes no length or angle. So
+    merge the y, and put Q before the new basis. Coefficients are relative to a basis: they are the
+    same, up to the sign of a direction and its coefficients.
     """
     Qs = []
     for side in (0, 1):
         columns = [bases[side]] + [pair[side] for pair in new.values()]
         Qs.append(torch.linalg.qr(torch.cat(columns, dim=1).double()).Q)
-
-    def shorten(pair):  # Q^T of both sides
-        return matmul64(Qs[0].T, pair[0]), matmul64(Qs[1].T, pair[1])
-
-    short_new = {task: shorten(pair) for task, pair in new.items()}
-    short_bases, coefficients = merge_layer(shorten(bases), old, short_new, **rule)
+    short_new = {task: project(Qs, pair) for task, pair in new.items()}
+    short_bases, coefficients = merge_layer(project(Qs, bases), old, short_new, **rule)
     beta = (Qs[0] @ short_bases[0]).to(bases[0])
     alpha = (Qs[1] @ short_bases[1]).to(bases[1])
     return (beta, alpha), coefficients
@@ -844,14 +840,14 @@ def fast_merge_layer(bases, old, new, **rule):
 def grow_layer(bases, old, new, variance, k, stacking):
     """Phase 3, ours: the bases stay; of each new adapter they get what it has outside of them.
 
-    variance: the fraction of that to explain. k: in its place, the size up to which a smaller basis
-    grows.
+    variance: the fraction of that to explain, for each adapter by itself. k: in its place, the size
+    up to which a smaller basis grows; earlier adapters take the room first.
     """
     beta, alpha = bases
-    for pair in new.values():  # one by one, as each has its own rounding
-        B, A_T = update_pair(pair) if stacking == "updates" else pair
-        beta = grow_basis(beta, B, variance, k)
-        alpha = grow_basis(alpha, A_T, variance, k)
+    for pair in new.values():  # one by one, as rounding is relative to an adapter
+        columns = update_pair(pair) if stacking == "updates" else pair
+        beta = grow_basis(beta, columns[0], variance, k)
+        alpha = grow_basis(alpha, columns[1], variance, k)
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
@@ -865,15 +861,15 @@ def with_rows(eps, basis):
     return torch.cat([eps, eps.new_zeros(basis.shape[1] - len(eps), eps.shape[1])])
 
 
-def grow_basis(basis, stack, variance, most):
+def grow_basis(basis, stack, variance, k):
     """A basis, and beside it the main directions of what a stack (n, m) has outside of it.
 
-    most: None adds as many as explain `variance` of that; else the basis grows to so many.
+    k: None adds as many as explain `variance` of that; else the basis grows to k directions.
     """
     stack = stack.double()
-    room = None if most is None else max(0, most - basis.shape[1])
     outside = outside_of(basis, stack)
     rounding = ROUNDING * stack.norm()  # of the whole stack: what is outside may be rounding alone
+    room = None if k is None else max(0, k - basis.shape[1])
     return add_directions(basis, main_directions(outside, rounding, variance, room))
 
 
@@ -888,10 +884,10 @@ def mixed_batch(share, layer, tasks, x):
     eps = [coefficients[layer].get(task, nothing) for task in tasks]
     eps_betas = stack_padded([eps_beta for eps_beta, _ in eps])
     eps_alphas = stack_padded([eps_alpha for _, eps_alpha in eps])
-    # s: samples; k: directions of a basis; p: columns of coefficients
+    # s: samples; a, b: directions of alpha, of beta; p: columns of coefficients
     z = x.to(alpha.dtype) @ alpha  # alpha^T x
-    z = torch.einsum("s...k,skp->s...p", z, eps_alphas)  # eps_alpha^T alpha^T x
-    z = torch.einsum("s...p,skp->s...k", z, eps_betas)  # eps_beta eps_alpha^T alpha^T x
+    z = torch.einsum("s...a,sap->s...p", z, eps_alphas)  # eps_alpha^T alpha^T x
+    z = torch.einsum("s...p,sbp->s...b", z, eps_betas)  # eps_beta eps_alpha^T alpha^T x
     return z @ beta.T  # beta eps_beta eps_alpha^T alpha^T x
 
 
@@ -927,7 +923,7 @@ def frozen(model):
     """For a block no parameter of a model can train; afterwards requires_grad is as before.
 
     Buffers in state_dict(), such as BatchNorm's statistics, get their old values back, as a block
-    of `learn` changes nothing but the task. Other buffers are caches. Gradients are dropped.
+    of `learn` changes nothing but the task. Others are taken for caches. Gradients are dropped.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -947,8 +943,8 @@ def frozen(model):
 
 def put_back(buffer, value):
     """Write a buffer, or leave it if PyTorch cannot write it."""
-    # Outside of inference_mode PyTorch refuses to write a buffer that was made in it; inside, all
-    # can be written. Only an expanded one, many elements on one number in memory, never can.
+    # A buffer that was made in inference_mode can be written only in it, where all others can be
+    # written, too. One that is expanded, many elements on one number in memory, never can.
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
 
@@ -960,8 +956,8 @@ def follow_weight(linear, inputs=()):
     """
     device = linear.weight.device
     if device.type == "meta" and inputs:
-        # Offloaded by accelerate: after this hook it loads the weight to its execution device. In a
-        # model the input is there already.
+        # Offloaded by accelerate, which loads the weight after this hook, to a device that nothing
+        # tells. It has moved the input there by now, if the whole model was dispatched.
         device = inputs[0].device
     if device.type != "meta" and linear.share.bases[linear.layer][0].device != device:
         move_layer(linear.share, linear.layer, device)
@@ -979,8 +975,7 @@ def move_layer(share, layer, device):
 
 # --- Refusals and files
 FORMAT = "share 5"  # of the file that `Share.save` writes
-WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-WRAPPERS |= {"DeepSpeedEngine"}
+WRAPPERS = ("DataParallel", "FSDPModule", "DeepSpeedEngine")  # ends of names of classes
 
 
 def check_numbers(variance=1.0, **counts):
@@ -993,11 +988,10 @@ def check_numbers(variance=1.0, **counts):
 
 
 def check_stack(stack, variance, k):
-    """The stack, of `build_basis`; ValueError for an argument out of range."""
+    """ValueError for an argument of `build_basis` out of range."""
     check_numbers(variance, k=k)
     if stack.dim() != 2 or stack.shape[1] == 0 or not stack.isfinite().all():
         raise ValueError(f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite numbers")
-    return stack
 
 
 def check_adapter(task, adapter, shapes):
@@ -1038,7 +1032,7 @@ def check_unwrapped(model):
     """ValueError if a wrapper is in the model: the parameters of a block would be unknown to it."""
     for module in model.modules():
         for cls in type(module).__mro__:  # fully_shard makes a class of its own
-            if cls.__name__ in WRAPPERS:
+            if cls.__name__.endswith(WRAPPERS):
                 raise ValueError(f"the model is in {cls.__name__}: wrap it inside the block")
 
 
