@@ -1,12 +1,13 @@
 """Share and LoRA at work. The method itself is share.py; here it is only called.
 
-    phase 1  makes bases from the first tasks' LoRA adapters   Share.from_adapters, in compare
-    phase 2  trains coefficients for each later task           Experiment.learn_task
-    phase 3  merges that task into the bases                   there, too, if phi > 0
+In each layer all tasks share two bases, beta (n, k) and alpha (d, k). A task has coefficients in
+them, eps_beta and eps_alpha (k, p), which give its change of the layer's weight (n, d):
 
-phi counts temporary columns that phase 2 may add to the bases. By default there are none, and so no
-phase 3; --all has rows with it. The experiment ends with its claims and the table. Then come the
-other rows, ablations, costs and a picture, and at last PEFT's files and the Router.
+    ΔW = B A  with  B = beta eps_beta  and  A = (alpha eps_alpha)^T
+
+    phase 1  makes bases from the first tasks' LoRA adapters   Share.from_adapters, in compare
+    phase 2  trains coefficients for each later task           share.learn, in learn_task
+    phase 3  merges new directions into the bases              the same with phi > 0, in other_rows
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -67,15 +68,15 @@ class Settings:
     batch: int = 16  # prompts a step
     joint_steps: int = 600  # of a training on all tasks at once
     test: int = 128  # prompts behind each accuracy
-    # LoRA, whose rate falls to 0
+    # LoRA; `fit` lets its rate fall to 0
     r: int = 8  # rank
     lora_steps: int = 100  # per task: every LoRA is then at 1.000
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
-    # Share, whose rate stays
+    # Share; its rate stays as it is
     stack: str = "updates"  # or "factors", the paper's: see `bases_of_updates` in share.py
     variance: float = 0.95  # that the bases explain
-    p: int = 1  # pseudo-rank: columns of a task's coefficients
+    p: int = 1  # pseudo-rank: columns of a later task's coefficients
     general_p: int = 4  # the same, of one set of coefficients for all tasks at once
     steps: int = 150  # per task
     lr: float = 4e-2
@@ -97,7 +98,7 @@ def make_batch(generator, keys, tags=None):
 
 def loss_fn(model, batch):
     tokens, answers = batch
-    logits = model(tokens)[:, KEY:, :LETTERS]  # it answers a letter in that letter's own place
+    logits = model(tokens)[:, KEY:, :LETTERS]  # the answer to a letter stands in its place
     return F.cross_entropy(logits.flatten(0, 1), answers.flatten())
 
 
@@ -110,15 +111,14 @@ def accuracy(model, batch):
 
 
 def fit(model, batches, lr, last_lr=0.0):
-    """Train all that requires gradients with Adam, whose rate goes in a line from lr to last_lr.
+    """Train all that requires gradients with Adam, at a rate that goes in a line to last_lr.
 
-    Returns the last loss and how many numbers were trained.
+    Returns the last loss, and how many numbers were trained.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = list(batches)
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
-    rate = {"start_factor": 1.0, "end_factor": last_lr / lr, "total_iters": len(batches)}
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, **rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last_lr / lr, len(batches))
     for batch in batches:
         optimizer.zero_grad()
         loss = loss_fn(model, batch)
@@ -133,7 +133,8 @@ def pretrain(s):
     """The base model, which deciphers with any key in clear, and prompts to test that."""
     torch.manual_seed(s.seed)
     model = ToyTransformer(2 * LETTERS + s.first + s.later, s.width, length=KEY + MESSAGE)
-    generator = torch.Generator().manual_seed(100 * s.seed + 98)  # of no task: see Experiment
+    model.to(DEVICE)
+    generator = torch.Generator().manual_seed(100 * s.seed + 98)  # see Experiment
 
     def batch_in_clear(size):
         keys = torch.randint(LETTERS, (size, KEY), generator=generator)
@@ -141,7 +142,7 @@ def pretrain(s):
 
     batches = [batch_in_clear(s.base_batch) for _ in range(s.base_steps)]
     clear_test = batch_in_clear(s.test)
-    fit(model.to(DEVICE), batches, s.base_lr)
+    fit(model, batches, s.base_lr)
     return model, clear_test
 
 
@@ -189,77 +190,19 @@ def lora_adapter(model):
     return Adapter(factors)
 
 
-# --- Metrics and rows of the table
-def metrics(matrix):
-    """matrix[i][j] is the accuracy on task j after task i was learned; three numbers of it.
-
-    acc         mean of the last row
-    bwt         mean of last[j] - matrix[j][j] (Lopez-Paz and Ranzato 2017)
-    forgetting  mean of (best matrix[i][j] before the last row) - last[j] (Chaudhry et al. 2018)
-
-    The last two are over all tasks but the last.
-    """
-    *before, last = matrix
-    tasks = range(len(before))
-    bwt = mean([last[j] - matrix[j][j] for j in tasks])
-    forgetting = mean([max(row[j] for row in before) - last[j] for j in tasks])
-    return {"accuracy_matrix": matrix, "acc": mean(last), "bwt": bwt, "forgetting": forgetting}
-
-
-def row_of_matrix(matrix, trained, stored):
-    """A row of the table for tasks learned one by one, see `metrics`.
-
-    trained: how many numbers were trained for the last task. stored: how many, for all tasks.
-    """
-    return {**metrics(matrix), "trained_per_task": trained, "stored": stored}
-
-
-def row_of_accuracies(accuracies, stored):
-    """A row of the table for tasks that have no order, so that nothing can be forgotten."""
-    row = dict.fromkeys(("accuracy_matrix", "acc", "bwt", "forgetting", "trained_per_task"))
-    return {**row, "acc": mean(accuracies), "stored": stored}
-
-
-def report(method, t, loss, learned):
-    """Print a line after task t. learned: accuracies of tasks so far, or of task t alone."""
-    line = f"task {t:2d}  loss {loss:.3f}  accuracy {learned[-1]:.3f}"
-    if len(learned) > 1:
-        line += f"  earlier tasks {mean(learned[:-1]):.3f}"
-    print_progress(method, line)
-
-
-def print_progress(method, text):
-    print(f"{time.perf_counter() - START:6.1f} s  {method:16}{text}", flush=True)
-
-
-def num_basis_parameters(share):
-    return sum(beta.numel() + alpha.numel() for beta, alpha in share.bases.values())
-
-
-def num_parameters(share, task=None):
-    """How many numbers are stored: for one task (coefficients, extras), or in all, bases too."""
-    tensors = []
-    for name in share.tasks if task is None else [task]:
-        tensors += share.reconstruct(name).extras.values()
-        for held in share.coefficients.values():
-            tensors += held.get(name, ())
-    count = sum(tensor.numel() for tensor in tensors)
-    return count if task is not None else count + num_basis_parameters(share)
-
-
 # --- The experiment
 class Experiment:
     """One seed: secret keys, test prompts, the pre-trained base, and a method for each row."""
 
     def __init__(self, s):
         self.s = s
-        # Each use has a generator of its own: 100 * seed + t for training on task t (t = their
-        # number: on all), + 98 for pre-training, + 99 here.
+        # Seeds of generators: 100 * seed + t for training on task t (t = how many there are: on all
+        # of them), 100 * seed + 98 for pre-training, 100 * seed + 99 for keys and tests.
         generator = torch.Generator().manual_seed(100 * s.seed + 99)
         self.keys = torch.randint(LETTERS, (s.first + s.later, KEY), generator=generator)
         self.names = [f"task {t}" for t in range(len(self.keys))]
         tags = [torch.full((s.test,), t) for t in range(len(self.keys))]
-        self.tests = [make_batch(generator, self.keys[tag], tag) for tag in tags]
+        self.tests = [make_batch(generator, self.keys[tag], tag) for tag in tags]  # one per task
         self.base, self.clear_test = pretrain(s)
         self.base_accuracies = self.accuracies(self.base)
         print_progress("base", f"key in clear: {accuracy(self.base, self.clear_test):.3f}")
@@ -284,16 +227,16 @@ class Experiment:
         return [accuracy(model, test) for test in self.tests[:count]]
 
     def matrix_row(self, learned):
-        """A row of the accuracy matrix: `learned`, of the tasks so far, then the base's."""
+        """A row of the accuracy matrix: of the tasks learned so far; of the rest the base's."""
         return learned + self.base_accuracies[len(learned) :]
 
     def new_lora(self, start_name, r):
-        """A copy of the base with a LoRA, whose start depends on start_name and the seed alone."""
-        torch.manual_seed(self.s.seed + zlib.crc32(start_name.encode()))
+        """A copy of the base with a LoRA, whose random start depends on a name and the seed."""
+        torch.manual_seed(self.s.seed + zlib.crc32(start_name.encode()))  # the name as a number
         return attach_lora(copy.deepcopy(self.base), TARGETS, r)
 
     def lora_per_task(self, method, r, lr, tasks=None):
-        """One LoRA for each of the first `tasks` tasks: the adapters and their row."""
+        """One LoRA for each task, or each of the first `tasks`: the adapters and their row."""
         adapters = {}
         learned = []  # accuracy of each task with its LoRA, which later tasks do not change
         matrix = []
@@ -319,37 +262,36 @@ class Experiment:
         return row_of_matrix(matrix, trained, trained)
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Phase 2 for task t and, if phi > 0, phase 3. Returns the last loss and numbers trained.
+        """Phase 2 for task t: an ordinary training loop learns coefficients of p columns.
 
-        p: columns of the coefficients. phi: temporary columns of the bases. grow: if True, the
-        merge at their end is ours, which adds to the bases; if False the paper's, which makes new.
+        With phi > 0 the bases have phi more columns meanwhile, and phase 3 follows: grow=True keeps
+        the bases and adds directions (ours), grow=False makes new bases of all tasks (the paper's).
+        Returns the last loss, and how many numbers were trained.
         """
         s = self.s
-        seed = 100 * s.seed + t
-        # In the block the task's coefficients, and temporary columns, are all of model.parameters()
-        # that requires gradients: an ordinary training loop learns them. At its end they are kept
-        # or, if phi > 0, merged: phase 3.
-        with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
+        settings = dict(p=p, phi=phi, grow=grow, seed=100 * s.seed + t)
+        with share.learn(model, self.names[t], **settings):
+            # Here the task's coefficients, and the phi columns, are all of the model that trains.
             loss, trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
+        # Here the share has them, under the task's name.
         return loss, trained
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
         accuracies = []
         for t in tasks:
-            share.select(self.names[t])
+            share.select(self.names[t])  # now the model, to which it is attached, adds this ΔW
             accuracies.append(accuracy(model, self.tests[t]))
         return accuracies
 
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
-        """Learn, in order, each task that the share does not have. Returns the model and the row.
+        """Learn the tasks after the first ones, which the share has: the model and the row.
 
-        first_rows: rows of the accuracy matrix, one for each task that it has.
+        first_rows: the rows of the accuracy matrix for the first ones.
         """
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
-        next_task = len(first_rows)
-        for t in range(next_task, len(self.names)):
+        for t in range(len(first_rows), len(self.names)):
             loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
             matrix.append(self.matrix_row(learned))
@@ -357,6 +299,65 @@ class Experiment:
         return model, row_of_matrix(matrix, trained, num_parameters(share))
 
 
+# --- Rows of the table
+def metrics(matrix):
+    """Three numbers of a matrix, whose [i][j] is the accuracy on task j after task i was learned.
+
+    acc         the mean of its last row
+    bwt         the mean of last[j] - matrix[j][j] (Lopez-Paz and Ranzato 2017)
+    forgetting  the mean of best[j] - last[j], with the best of earlier rows (Chaudhry et al. 2018)
+
+    The last two are over all tasks but the last.
+    """
+    *before, last = matrix
+    tasks = range(len(before))
+    bwt = mean([last[j] - matrix[j][j] for j in tasks])
+    forgetting = mean([max(row[j] for row in before) - last[j] for j in tasks])
+    return {"accuracy_matrix": matrix, "acc": mean(last), "bwt": bwt, "forgetting": forgetting}
+
+
+def row_of_matrix(matrix, trained, stored):
+    """A row of the table for tasks learned one by one, see `metrics`.
+
+    trained: how many numbers were trained for the last task. stored: how many, for all tasks.
+    """
+    return {**metrics(matrix), "trained_per_task": trained, "stored": stored}
+
+
+def row_of_accuracies(accuracies, stored):
+    """A row of the table for tasks that have no order, so that nothing can be forgotten."""
+    no_order = dict.fromkeys(("accuracy_matrix", "bwt", "forgetting", "trained_per_task"))
+    return {"acc": mean(accuracies), "stored": stored, **no_order}
+
+
+def report(method, t, loss, learned):
+    """Print a line after task t. learned: accuracies up to that of task t, or this one alone."""
+    line = f"task {t:2d}  loss {loss:.3f}  accuracy {learned[-1]:.3f}"
+    if len(learned) > 1:
+        line += f"  earlier tasks {mean(learned[:-1]):.3f}"
+    print_progress(method, line)
+
+
+def print_progress(method, text):
+    print(f"{time.perf_counter() - START:6.1f} s  {method:16}{text}", flush=True)
+
+
+def num_basis_parameters(share):
+    return sum(beta.numel() + alpha.numel() for beta, alpha in share.bases.values())
+
+
+def num_parameters(share, task=None):
+    """How many numbers are stored: for one task (coefficients, extras), or in all, bases too."""
+    if task is None:
+        of_tasks = [num_parameters(share, name) for name in share.tasks]
+        return num_basis_parameters(share) + sum(of_tasks)
+    tensors = list(share.reconstruct(task).extras.values())
+    for by_task in share.coefficients.values():  # of a layer: {task: (eps_beta, eps_alpha)}
+        tensors += by_task.get(task, ())  # a task may leave a layer alone
+    return sum(tensor.numel() for tensor in tensors)
+
+
+# --- The story
 def compare(s, everything=False):
     """The table of one seed: {method: row}."""
     e = Experiment(s)
@@ -364,11 +365,12 @@ def compare(s, everything=False):
     adapters, rows["lora_per_task"] = e.lora_per_task("lora_per_task", s.r, s.lora_lr)
     _, rows["lora_r1"] = e.lora_per_task("lora_r1", 1, s.lora_r1_lr)
     rows["lora_sequential"] = e.lora_sequential()
-    # Phase 1: bases from the LoRA adapters of the first tasks.
-    basis_adapters = {name: adapters[name] for name in e.names[: s.first]}
-    built = Share.from_adapters(basis_adapters, variance=s.variance, stack=s.stack)
-    # When they were learned, these tasks were LoRA's. So LoRA's rows begin Share's accuracy matrix,
-    # and what the bases lose of the tasks counts as forgetting.
+    # Phase 1: bases from the LoRA adapters of the first tasks. No p is given, so that these tasks
+    # keep coefficients of r columns, as their LoRA has. Later tasks have s.p.
+    first_adapters = {name: adapters[name] for name in e.names[: s.first]}
+    built = Share.from_adapters(first_adapters, variance=s.variance, stack=s.stack)
+    # Share has not learned these tasks, LoRA has. So LoRA's rows begin Share's accuracy matrix, and
+    # what the bases lose of the tasks counts as Share's forgetting.
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
     # Phase 2: coefficients for each later task.
     share = copy.deepcopy(built)
@@ -381,30 +383,26 @@ def compare(s, everything=False):
 # --- The claims and the table
 def check(methods):
     """The claims about the rows that are there: AssertionError, with numbers, if one is wrong."""
+
+    def claim(text, value, least=-math.inf, most=math.inf):
+        print(f"  {text:36}{value:8.3f}   from {least} to {most}")
+        assert least <= value <= most, f"{text}: {value:.4f} is not between {least} and {most}"
+
     share = methods["share"]
     lora = methods["lora_per_task"]
     ratio = lora["trained_per_task"] / share["trained_per_task"]
-    claims = [  # text, value, least, most
-        ("LoRA's trained numbers / share's", ratio, 100, math.inf),
-        ("lora_sequential: forgetting", methods["lora_sequential"]["forgetting"], 0.5, math.inf),
-    ]
+    claim("LoRA's trained numbers / share's", ratio, least=100)
+    claim("lora_sequential: forgetting", methods["lora_sequential"]["forgetting"], least=0.5)
     for name, most in (("share", 0.01), ("share_merge", 0.02), ("share_grow", 0.02)):
         if name in methods:  # the latter two with --all
-            part = methods[name]["acc"] / lora["acc"]
-            claims.append((f"{name}: ACC / lora_per_task's", part, 0.98, math.inf))
-            claims.append((f"{name}: forgetting", methods[name]["forgetting"], -math.inf, most))
+            claim(f"{name}: ACC / lora_per_task's", methods[name]["acc"] / lora["acc"], least=0.98)
+            claim(f"{name}: forgetting", methods[name]["forgetting"], most=most)
     if "random_basis" in methods:
-        above = methods["random_basis"]["acc"] - share["acc"]
-        claims.append(("random_basis: ACC - share's", above, -math.inf, 0))
+        claim("random_basis: ACC - share's", methods["random_basis"]["acc"] - share["acc"], most=0)
     if "share_routed" in methods:
         routed = methods["share_routed"]
-        claims.append(
-            ("share_routed: ACC - share's", routed["acc"] - share["acc"], -0.01, math.inf)
-        )
-        claims.append(("share_routed: base accuracy kept", routed["base_kept"], 0.95, math.inf))
-    for text, value, least, most in claims:
-        print(f"  {text:36}{value:8.3f}   from {least} to {most}")
-        assert least <= value <= most, f"{text}: {value:.4f} is not between {least} and {most}"
+        claim("share_routed: ACC - share's", routed["acc"] - share["acc"], least=-0.01)
+        claim("share_routed: base accuracy kept", routed["base_kept"], least=0.95)
 
 
 def break_even(methods, other, first):
@@ -412,17 +410,18 @@ def break_even(methods, other, first):
     share = methods["share"]
     share_each = share["trained_per_task"]  # what one more task costs Share,
     other_each = methods[other]["trained_per_task"]  # and the other
-    # The rest that Share stores, the bases above all, is the same for any number of tasks.
-    fixed = share["stored"] - len(share["accuracy_matrix"]) * share_each
-    # fixed + n * share_each < n * other_each  means  n > fixed / (other_each - share_each)
-    return max(first, fixed // (other_each - share_each) + 1)
+    # The rest is there once: the bases, and the columns that the first tasks have beyond p.
+    once = share["stored"] - len(share["accuracy_matrix"]) * share_each
+    # once + n * share_each < n * other_each  means  n > once / (other_each - share_each)
+    return max(first, once // (other_each - share_each) + 1)
 
 
 def spread(values, digits):
     """'mean', or of several values 'mean ± standard deviation'; nothing where one is None."""
     if None in values:
         return ""
-    text = f"{round(mean(values), digits) or 0.0:.{digits}f}"  # or 0.0: never -0.000
+    rounded = round(mean(values), digits) or 0.0  # never -0.0
+    text = f"{rounded:.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"
 
 
@@ -452,7 +451,7 @@ def other_rows(e, built, first_rows, share, model):
     # For comparison.
     _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, e.s.seed), [])
     rows["lora_joint"] = lora_joint(e)
-    # Uses of the share that has all tasks; the latter two each add a task to it.
+    # Uses of the share that has all tasks. Routing comes first, as the others add a task to it.
     rows["share_routed"] = share_routed(e, share, model)
     rows["share_average"] = share_average(e, share, model)
     rows["share_general"] = share_general(e, share, model)
@@ -460,7 +459,7 @@ def other_rows(e, built, first_rows, share, model):
 
 
 def random_bases(share, seed):
-    """A share with random orthonormal bases of the same sizes, without tasks, as none fits."""
+    """A share with random orthonormal bases of the same sizes, and no tasks: none fits these."""
     share = copy.deepcopy(share)
     torch.manual_seed(seed)
     for layer, bases in share.bases.items():
@@ -479,7 +478,7 @@ def lora_joint(e):
 
 @torch.no_grad()
 def share_routed(e, share, model):
-    """The `Router` picks the task of each prompt: of all tasks, and some with a key in clear."""
+    """The `Router`, below, picks the task of each prompt; for a key in clear the base."""
     body = copy.deepcopy(e.base)
     body.head = nn.Identity()
 
@@ -543,36 +542,39 @@ def sweep_bases(e, adapters, new):
     )
     print("the bases; new: of two more, learned at p; random: of these two in random bases")
     print("variance  stack       k  p  trained  first    new  random")
-    for variance, stack, p in itertools.product((0.6, 0.9), ("factors", "updates"), (1, 4)):
-        share = Share.from_adapters(adapters, variance=variance, stack=stack)
-        k = mean([basis.shape[1] for bases in share.bases.values() for basis in bases])
-        model = share.attach(copy.deepcopy(e.base))
-        of_first = mean(e.selected_accuracies(share, model, range(len(adapters))))
-        of_new, trained = learn_new(e, share, new, p)
-        of_random, _ = learn_new(e, random_bases(share, e.s.seed), new, p)
-        line = f"{variance:8}  {stack:7}{k:6.1f} {p:2} {trained:8} {of_first:6.3f}"
-        print(f"{line} {of_new:6.3f} {of_random:7.3f}", flush=True)
+    for variance, stack in itertools.product((0.6, 0.9), ("factors", "updates")):
+        built = Share.from_adapters(adapters, variance=variance, stack=stack)
+        k = mean([basis.shape[1] for bases in built.bases.values() for basis in bases])
+        model = built.attach(copy.deepcopy(e.base))
+        of_first = mean(e.selected_accuracies(built, model, range(len(adapters))))
+        for p in (1, 4):
+            of_new, trained = learn_new(e, copy.deepcopy(built), new, p)
+            of_random, _ = learn_new(e, random_bases(built, e.s.seed), new, p)
+            line = f"{variance:8}  {stack:7}{k:6.1f} {p:2} {trained:8} {of_first:6.3f}"
+            print(f"{line} {of_new:6.3f} {of_random:7.3f}", flush=True)
 
 
 def sweep_phi(e, adapters, new):
     """What phi is for: bases from few tasks, then two new tasks with and without a merge."""
-    print("\nnew: accuracy of two new tasks, with bases from some")
+    print("\nnew: accuracy of two new tasks; from: how many tasks made the bases")
     print("from  phi  merge       new  trained   stored")
-    ways = [(0, None), *itertools.product((1, 2, 4), (False, True))]
-    merge_names = {None: "none", False: "paper's", True: "grow"}
+    ways = [(0, True, "none")]  # without temporary columns nothing is merged, whatever grow is
+    for phi in (1, 2, 4):
+        ways += [(phi, False, "paper's"), (phi, True, "grow")]
     for count in (1, 2, 4):
         if count > len(adapters):  # as with --quick
             break
-        for phi, grow in ways:
-            some = {name: adapters[name] for name in e.names[:count]}
-            share = Share.from_adapters(some, variance=e.s.variance, stack=e.s.stack)
+        some = {name: adapters[name] for name in e.names[:count]}
+        built = Share.from_adapters(some, variance=e.s.variance, stack=e.s.stack)
+        for phi, grow, merge in ways:
+            share = copy.deepcopy(built)
             of_new, trained = learn_new(e, share, new, e.s.p, phi, grow)
-            line = f"{count:4} {phi:4}  {merge_names[grow]:8} {of_new:6.3f} {trained:8}"
+            line = f"{count:4} {phi:4}  {merge:8} {of_new:6.3f} {trained:8}"
             print(f"{line} {num_parameters(share):8}", flush=True)
 
 
 def learn_new(e, share, tasks, p, phi=0, grow=True):
-    """Learn the tasks of these numbers: their mean accuracy, the numbers trained for the last."""
+    """Learn some tasks: their mean accuracy, and how many numbers were trained for the last."""
     model = share.attach(copy.deepcopy(e.base))
     for t in tasks:
         _, trained = e.learn_task(share, model, t, p, phi, grow)
@@ -580,9 +582,9 @@ def learn_new(e, share, tasks, p, phi=0, grow=True):
 
 
 def scaling(seed, counts, n=1024, r=8):
-    """Times of phase 1 and of a merge, and numbers stored, for so many tasks; as in the paper.
+    """Costs by the number of tasks: times of phase 1 and of a merge, ours and as published.
 
-    published: time of the merge as published. apart: numbers of the adapters themselves.
+    Both merges load the share first. stored: Share's numbers at p = 1. apart: the adapters'.
     """
     torch.manual_seed(seed)
     B_span, A_span = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in range(2)]
@@ -593,7 +595,7 @@ def scaling(seed, counts, n=1024, r=8):
     def new_adapter():
         return Adapter({"0": (noisy(B_span), noisy(A_span).T)})
 
-    print(f"one layer of {n} × {n}, adapters of rank {r}; numbers stored with p = 1")
+    print(f"one layer of {n} × {n}, adapters of rank {r}; stored: with p = 1; apart: the adapters")
     print("tasks   build s  load+merge ms  published ms   ratio   stored       apart")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "share.safetensors"
@@ -615,7 +617,7 @@ def seconds(times, function, *arguments):
 
 
 def load_and_merge(path, adapter):
-    """Phase 3 as in share.py."""
+    """Phase 3 of an adapter from elsewhere, by `Share.merge`, which `learn` calls if phi > 0."""
     Share.load(path).merge({"new": adapter})
 
 
@@ -627,12 +629,11 @@ def load_and_merge_as_published(path, adapter):
     A_stack = torch.cat([A for _, A in pairs]).T
     coefficients = []
     for stack in (B_stack, A_stack):
-        mean = stack.mean(1, keepdim=True)
-        U, S, _ = torch.linalg.svd(stack - mean, full_matrices=False)
+        centred = stack - stack.mean(1, keepdim=True)
+        U, S, _ = torch.linalg.svd(centred, full_matrices=False)
         explained = S.square().cumsum(0) / S.square().sum()  # by one direction, by two, …
-        too_few = int((explained < share.variance).sum())
-        basis = U[:, : too_few + 1]
-        coefficients.append(basis.T @ stack)  # of the columns as they are, with their mean
+        k = int((explained < share.variance).sum()) + 1  # the fewest that explain enough
+        coefficients.append(U[:, :k].T @ stack)  # of the columns as they are, with their mean
     return coefficients
 
 
@@ -709,7 +710,8 @@ def load_peft(directory):
     factors = {}
     for layer in sides["A"] | sides["B"]:
         A, B = sides["A"].get(layer), sides["B"].get(layer)
-        if A is None or B is None or A.dim() != 2 or B.dim() != 2 or not B.shape[1] == len(A) > 0:
+        are_matrices = A is not None and B is not None and A.dim() == B.dim() == 2
+        if not are_matrices or len(A) == 0 or B.shape[1] != len(A):
             raise ValueError(f"{directory}, layer {layer!r} has no A (r, d) with a B (n, r)")
         dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
         scaling = peft_scaling(config, layer, len(A), directory)
@@ -720,20 +722,20 @@ def load_peft(directory):
 
 
 def check_extras(extras, config, directory):
-    """ValueError for a LoRA tensor that is no A or B, such as lora_magnitude_vector.
+    """ValueError for a LoRA tensor other than A and B, such as lora_magnitude_vector.
 
-    Among the extras it would be kept but not applied. A head may have such a name, though.
+    As an extra it would be kept, but not applied. A head may be called lora_…, and is fine.
     """
     heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
     for name in extras:
-        for part in name.split("."):
-            if part.startswith("lora_") and part not in heads:
-                fix = "base_model.model.LAYER.lora_A/B.weight"
-                raise ValueError(f"{directory}: {name!r} is no {fix}")
+        lora_parts = {part for part in name.split(".") if part.startswith("lora_")}
+        if lora_parts - heads:
+            known = "base_model.model.LAYER.lora_A/B.weight"
+            raise ValueError(f"{directory}: {name!r} is no {known}")
 
 
 def check_plain_lora(config, directory):
-    """ValueError, with what the config says, unless ΔW is scaling B A and W0 is unchanged."""
+    """ValueError, with what the config says, unless ΔW = scaling * B A beside an unchanged W0."""
     says = {name: config[name] for name in PEFT_VARIANTS if config.get(name)}
     if config.get("peft_type") != "LORA":
         says["peft_type"] = config.get("peft_type")
@@ -769,9 +771,9 @@ def save_peft(adapter, directory):
     config |= {"init_lora_weights": True, "target_modules": peft_targets(adapter)}
     tensors = dict(adapter.extras)
     for layer, (B, A) in adapter.factors.items():  # readers that know one rank need it everywhere
-        zeros = r - len(A)
-        tensors[f"base_model.model.{layer}.lora_A.weight"] = F.pad(A, (0, 0, 0, zeros))
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = F.pad(B, (0, zeros))
+        missing = r - len(A)
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = F.pad(A, (0, 0, 0, missing))
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = F.pad(B, (0, missing))
     for name, tensor in tensors.items():  # safetensors takes no views
         tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     try:
@@ -785,24 +787,25 @@ def save_peft(adapter, directory):
 
 
 def peft_targets(adapter):
-    """target_modules that name the layers of an adapter: its config's, or one pattern of them all.
+    """target_modules: the config's, if they name all layers of the adapter, or a pattern of these.
 
-    A config's are not enough where it narrows them by other means, as those are not written.
+    The pattern is needed, too, if the config leaves layers out by what `save_peft` does not write.
     """
+    config = adapter.config
     layers = list(adapter.factors)
-    all_layers = "|".join(map(re.escape, layers))
-    for key in ("exclude_modules", "layers_to_transform"):
-        if adapter.config.get(key) not in (None, [], ""):  # 0, one layer's number, narrows, too
-            return all_layers
-    targets = adapter.config.get("target_modules") or []
+    leaves_out = ("exclude_modules", "layers_to_transform")
+    narrowed = any(config.get(key) not in (None, [], "") for key in leaves_out)  # 0 is a layer
+    targets = config.get("target_modules") or []
     if isinstance(targets, set):  # as LoraConfig.to_dict() has it
         targets = sorted(targets)
-    if isinstance(targets, str):  # one pattern, or "all-linear", which is the name of no layer
-        named = all(re.fullmatch(targets, layer) for layer in layers)
+    if isinstance(targets, str):  # a pattern; "all-linear" matches no layer
+        named = [layer for layer in layers if re.fullmatch(targets, layer)]
     else:
         endings = tuple(f".{target}" for target in targets)
-        named = all(f".{layer}".endswith(endings) for layer in layers)
-    return targets if named else all_layers
+        named = [layer for layer in layers if f".{layer}".endswith(endings)]
+    if narrowed or named != layers:
+        return "|".join(map(re.escape, layers))
+    return targets
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -823,8 +826,8 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-        own     98 % of the samples are this near to the mean of the others of their task
-        others  98 % of the samples are this far, or farther, from the mean of each other task
+        own     distance of a sample to the mean of the others of its task: 98 % are at most this
+        others  distance of a sample to the nearest other task: 2 % are at most this
         radius  half-way between, but own at least; own if there is one task
         """
         for task, x in features.items():
@@ -847,7 +850,7 @@ class Router:
         nearest = []
         for i, x in enumerate(samples):
             distances = torch.cdist(x @ scale, means)
-            distances[:, i] = math.inf  # its task is no other
+            distances[:, i] = math.inf  # leave out its own task
             nearest.append(distances.min(dim=1).values)
         others = torch.quantile(torch.cat(nearest), 0.02)
         # 3. The radius lies between.
@@ -869,7 +872,7 @@ def whitening(residuals):
     diagonal = covariance.diagonal().clamp_min(1e-6 * covariance.max() + 1e-30)  # never 0
     # Shrunk towards the diagonal, as directions that few samples have would look too certain.
     covariance = covariance.lerp(diagonal.diag(), 0.1)
-    # covariance = L L^T, so residuals L^-T have the identity as theirs.
+    # covariance = L L^T, so that of residuals L^-T is the identity.
     return torch.linalg.inv(torch.linalg.cholesky(covariance)).T
 
 
@@ -884,30 +887,15 @@ def average(share, tasks, name, p=None):
         if pairs:
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
-    if p is None:  # n tasks of rank r have n r columns. `add` cuts none of their ΔW off with so
-        # many, but its SVD needs no more columns than the bases have directions.
+    if p is None:
+        # The columns of the stacked factors: with as many `add` leaves nothing out.
         p = max((len(A) for _, A in factors.values()), default=1)
     share.add(name, Adapter(factors), p)
 
 
 # --- The command
 def main(argv=None):
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the keys, the data and the models")
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--svg", type=Path, help="draw the first seed's matrices into this file")
-    for flag in ("--all", "--sweep", "--scaling", "--quick"):
-        parser.add_argument(flag, action="store_true")
-    args = parser.parse_args(argv)
-    for path in (args.json, args.svg):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"{path}: there is no folder {path.parent}")
-    if args.seeds < 1:
-        parser.error(f"--seeds {args.seeds}: it takes 1 or more")
-    others = args.all or args.seeds > 1 or args.json or args.svg
-    if (args.sweep and args.scaling) or ((args.sweep or args.scaling) and others):
-        parser.error("--sweep and --scaling go with --seed and --quick alone")
+    args = parse_args(argv)
     # More threads are of no use to matrices this small; costs are those of one core.
     torch.set_num_threads(1 if args.quick or args.scaling else 2)
     s = replace(Settings(seed=args.seed), **QUICK if args.quick else {})
@@ -932,6 +920,26 @@ def main(argv=None):
             print("A smoke run, too short to learn the tasks: it claims nothing.")
         else:
             check(run["methods"])
+
+
+def parse_args(argv):
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the keys, the data and the models")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--svg", type=Path, help="draw the first seed's matrices into this file")
+    for flag in ("--all", "--sweep", "--scaling", "--quick"):
+        parser.add_argument(flag, action="store_true")
+    args = parser.parse_args(argv)
+    for path in (args.json, args.svg):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"{path}: there is no folder {path.parent}")
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: it takes 1 or more")
+    others = args.all or args.seeds > 1 or args.json or args.svg
+    if (args.sweep and args.scaling) or ((args.sweep or args.scaling) and others):
+        parser.error("--sweep and --scaling go with --seed and --quick alone")
+    return args
 
 
 if __name__ == "__main__":
