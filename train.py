@@ -7,7 +7,8 @@ them, eps_beta and eps_alpha (k, p), which give its change of the layer's weight
 
     phase 1  makes bases from the first tasks' LoRA adapters   Share.from_adapters, in compare
     phase 2  trains coefficients for each later task           share.learn, in learn_task
-    phase 3  merges new directions into the bases              the same with phi > 0, in other_rows
+    phase 3  merges phi more columns, which phase 2 may        the same with phi > 0, in other_rows
+             train beside each basis, into the bases
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -68,16 +69,16 @@ class Settings:
     batch: int = 16  # prompts a step
     joint_steps: int = 600  # of a training on all tasks at once
     test: int = 128  # prompts behind each accuracy
-    # LoRA; `fit` lets its rate fall to 0
+    # LoRA; its rate falls to 0
     r: int = 8  # rank
     lora_steps: int = 100  # per task: every LoRA is then at 1.000
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
-    # Share; its rate stays as it is
+    # Share; its rate does not fall
     stack: str = "updates"  # or "factors", the paper's: see `bases_of_updates` in share.py
     variance: float = 0.95  # that the bases explain
     p: int = 1  # pseudo-rank: columns of a later task's coefficients
-    general_p: int = 4  # the same, of one set of coefficients for all tasks at once
+    general_p: int = 4  # columns of the one set of coefficients in share_general
     steps: int = 150  # per task
     lr: float = 4e-2
 
@@ -118,7 +119,9 @@ def fit(model, batches, lr, last_lr=0.0):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = list(batches)
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last_lr / lr, len(batches))
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimizer, start_factor=1.0, end_factor=last_lr / lr, total_iters=len(batches)
+    )
     for batch in batches:
         optimizer.zero_grad()
         loss = loss_fn(model, batch)
@@ -163,14 +166,14 @@ def attach_lora(model, targets, r=8):
     if not targets:
         raise ValueError("targets is empty, and so ends the name of no nn.Linear")
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    chosen = {}
+    chosen = set()
     for target in targets:
-        found = {name: x for name, x in linears.items() if f".{name}".endswith(f".{target}")}
+        found = {name for name in linears if f".{name}".endswith(f".{target}")}  # whole parts of it
         if not found:
             raise ValueError(f"target {target!r} ends the name of no nn.Linear in the model")
         chosen |= found
     model.requires_grad_(False)
-    for name, linear in linears.items():  # in the model's order
+    for name, linear in linears.items():  # in the model's order, so that a seed fixes the start
         if name in chosen:
             W0 = linear.weight
             dtype = torch.promote_types(W0.dtype, torch.float32)  # of factors, if W0 is in half
@@ -227,12 +230,13 @@ class Experiment:
         return [accuracy(model, test) for test in self.tests[:count]]
 
     def matrix_row(self, learned):
-        """A row of the accuracy matrix: of the tasks learned so far; of the rest the base's."""
+        """Row t of the accuracy matrix: `learned`, of tasks 0 to t, then the base's of the rest."""
         return learned + self.base_accuracies[len(learned) :]
 
     def new_lora(self, start_name, r):
         """A copy of the base with a LoRA, whose random start depends on a name and the seed."""
-        torch.manual_seed(self.s.seed + zlib.crc32(start_name.encode()))  # the name as a number
+        # so that no two share a start, whichever rows ran before
+        torch.manual_seed(self.s.seed + zlib.crc32(start_name.encode()))
         return attach_lora(copy.deepcopy(self.base), TARGETS, r)
 
     def lora_per_task(self, method, r, lr, tasks=None):
@@ -262,10 +266,11 @@ class Experiment:
         return row_of_matrix(matrix, trained, trained)
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Phase 2 for task t: an ordinary training loop learns coefficients of p columns.
+        """Learn task t, phase 2; with phi > 0 also merge it into the bases, phase 3.
 
-        With phi > 0 the bases have phi more columns meanwhile, and phase 3 follows: grow=True keeps
-        the bases and adds directions (ours), grow=False makes new bases of all tasks (the paper's).
+        phi   columns beside each basis that are trained, too
+        grow  how they are merged: True adds directions (ours), False makes new bases (the paper's)
+
         Returns the last loss, and how many numbers were trained.
         """
         s = self.s
@@ -273,14 +278,14 @@ class Experiment:
         with share.learn(model, self.names[t], **settings):
             # Here the task's coefficients, and the phi columns, are all of the model that trains.
             loss, trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        # Here the share has them, under the task's name.
+        # Leaving the block has stored the task and, with phi > 0, merged it.
         return loss, trained
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
         accuracies = []
         for t in tasks:
-            share.select(self.names[t])  # now the model, to which it is attached, adds this ΔW
+            share.select(self.names[t])  # changes the model that the share is attached to
             accuracies.append(accuracy(model, self.tests[t]))
         return accuracies
 
@@ -289,9 +294,10 @@ class Experiment:
 
         first_rows: the rows of the accuracy matrix for the first ones.
         """
+        first = len(first_rows)  # how many there are; with random bases none
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
-        for t in range(len(first_rows), len(self.names)):
+        for t in range(first, len(self.names)):
             loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
             matrix.append(self.matrix_row(learned))
@@ -309,10 +315,14 @@ def metrics(matrix):
 
     The last two are over all tasks but the last.
     """
-    *before, last = matrix
-    tasks = range(len(before))
-    bwt = mean([last[j] - matrix[j][j] for j in tasks])
-    forgetting = mean([max(row[j] for row in before) - last[j] for j in tasks])
+    *earlier, last = matrix
+    changes = []
+    losses = []
+    for j in range(len(earlier)):
+        best = max(row[j] for row in earlier)  # also of rows before j: there it is the base's
+        changes.append(last[j] - matrix[j][j])
+        losses.append(best - last[j])
+    bwt, forgetting = mean(changes), mean(losses)
     return {"accuracy_matrix": matrix, "acc": mean(last), "bwt": bwt, "forgetting": forgetting}
 
 
@@ -372,7 +382,7 @@ def compare(s, everything=False):
     # Share has not learned these tasks, LoRA has. So LoRA's rows begin Share's accuracy matrix, and
     # what the bases lose of the tasks counts as Share's forgetting.
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
-    # Phase 2: coefficients for each later task.
+    # Phase 2: coefficients for each later task. In a copy, as other rows start from `built`, too.
     share = copy.deepcopy(built)
     model, rows["share"] = e.learn_tasks("share", share, first_rows)
     if everything:  # phase 3 among it
@@ -412,8 +422,9 @@ def break_even(methods, other, first):
     other_each = methods[other]["trained_per_task"]  # and the other
     # The rest is there once: the bases, and the columns that the first tasks have beyond p.
     once = share["stored"] - len(share["accuracy_matrix"]) * share_each
-    # once + n * share_each < n * other_each  means  n > once / (other_each - share_each)
-    return max(first, once // (other_each - share_each) + 1)
+    if share_each >= other_each:
+        return math.inf
+    return next(n for n in itertools.count(first) if once + n * share_each < n * other_each)
 
 
 def spread(values, digits):
@@ -451,7 +462,7 @@ def other_rows(e, built, first_rows, share, model):
     # For comparison.
     _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, e.s.seed), [])
     rows["lora_joint"] = lora_joint(e)
-    # Uses of the share that has all tasks. Routing comes first, as the others add a task to it.
+    # Uses of the share that has all tasks. The latter two add a task to it, so routing comes first.
     rows["share_routed"] = share_routed(e, share, model)
     rows["share_average"] = share_average(e, share, model)
     rows["share_general"] = share_general(e, share, model)
@@ -488,7 +499,7 @@ def share_routed(e, share, model):
     features = {}
     for t, name in enumerate(e.names):
         features[name] = hidden(torch.cat([tokens for tokens, _ in e.batches(t, steps=8)]))
-    router = Router.fit(features)
+    router = Router.fit(features)  # from the base's hidden states of training prompts alone
 
     def routed_accuracy(batch):
         tokens, _ = batch
@@ -537,16 +548,17 @@ def sweep(s):
 
 def sweep_bases(e, adapters, new):
     """How the bases are made (variance, stack), and how many columns p a new task has."""
-    print(
-        "\nk: directions of a basis, on average; first: accuracy of the first tasks, at rank r in"
-    )
-    print("the bases; new: of two more, learned at p; random: of these two in random bases")
+    print("\nk       directions of a basis, on average")
+    print("first   accuracy of the first tasks, at rank r in the bases")
+    print("new     accuracy of two more tasks, learned at p")
+    print("random  accuracy of the same two, learned in random bases")
     print("variance  stack       k  p  trained  first    new  random")
     for variance, stack in itertools.product((0.6, 0.9), ("factors", "updates")):
         built = Share.from_adapters(adapters, variance=variance, stack=stack)
         k = mean([basis.shape[1] for bases in built.bases.values() for basis in bases])
-        model = built.attach(copy.deepcopy(e.base))
-        of_first = mean(e.selected_accuracies(built, model, range(len(adapters))))
+        tried = copy.deepcopy(built)
+        model = tried.attach(copy.deepcopy(e.base))
+        of_first = mean(e.selected_accuracies(tried, model, range(len(adapters))))
         for p in (1, 4):
             of_new, trained = learn_new(e, copy.deepcopy(built), new, p)
             of_random, _ = learn_new(e, random_bases(built, e.s.seed), new, p)
@@ -556,7 +568,8 @@ def sweep_bases(e, adapters, new):
 
 def sweep_phi(e, adapters, new):
     """What phi is for: bases from few tasks, then two new tasks with and without a merge."""
-    print("\nnew: accuracy of two new tasks; from: how many tasks made the bases")
+    print("\nfrom    how many tasks made the bases")
+    print("new     accuracy of two new tasks")
     print("from  phi  merge       new  trained   stored")
     ways = [(0, True, "none")]  # without temporary columns nothing is merged, whatever grow is
     for phi in (1, 2, 4):
@@ -625,16 +638,17 @@ def load_and_merge_as_published(path, adapter):
     """Phase 3 as published: rebuild all adapters, SVD anew, project. For its time alone."""
     share = Share.load(path)
     pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
-    B_stack = torch.cat([B for B, _ in pairs], dim=1)
-    A_stack = torch.cat([A for _, A in pairs]).T
-    coefficients = []
-    for stack in (B_stack, A_stack):
+
+    def coefficients(stack):  # columns of all tasks, side by side
         centred = stack - stack.mean(1, keepdim=True)
         U, S, _ = torch.linalg.svd(centred, full_matrices=False)
         explained = S.square().cumsum(0) / S.square().sum()  # by one direction, by two, …
         k = int((explained < share.variance).sum()) + 1  # the fewest that explain enough
-        coefficients.append(U[:, :k].T @ stack)  # of the columns as they are, with their mean
-    return coefficients
+        return U[:, :k].T @ stack  # as published: bases of `centred`, coefficients of `stack`
+
+    B_stack = torch.cat([B for B, _ in pairs], dim=1)
+    A_stack = torch.cat([A.T for _, A in pairs], dim=1)
+    return coefficients(B_stack), coefficients(A_stack)
 
 
 def svg(methods, seed):
@@ -728,10 +742,10 @@ def check_extras(extras, config, directory):
     """
     heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
     for name in extras:
-        lora_parts = {part for part in name.split(".") if part.startswith("lora_")}
-        if lora_parts - heads:
-            known = "base_model.model.LAYER.lora_A/B.weight"
-            raise ValueError(f"{directory}: {name!r} is no {known}")
+        for part in name.split("."):
+            if part.startswith("lora_") and part not in heads:
+                known = "base_model.model.LAYER.lora_A/B.weight"
+                raise ValueError(f"{directory}: {name!r} is no {known}")
 
 
 def check_plain_lora(config, directory):
@@ -787,25 +801,25 @@ def save_peft(adapter, directory):
 
 
 def peft_targets(adapter):
-    """target_modules: the config's, if they name all layers of the adapter, or a pattern of these.
+    """target_modules: the config's, if they name all the adapter's layers; else a pattern of these.
 
-    The pattern is needed, too, if the config leaves layers out by what `save_peft` does not write.
+    The pattern, too, if the config narrows them by what `save_peft` does not write.
     """
-    config = adapter.config
     layers = list(adapter.factors)
-    leaves_out = ("exclude_modules", "layers_to_transform")
-    narrowed = any(config.get(key) not in (None, [], "") for key in leaves_out)  # 0 is a layer
-    targets = config.get("target_modules") or []
+    pattern = "|".join(map(re.escape, layers))
+    for key in ("exclude_modules", "layers_to_transform"):
+        if adapter.config.get(key) not in (None, [], ""):  # 0 is the number of a layer
+            return pattern
+    targets = adapter.config.get("target_modules") or []
     if isinstance(targets, set):  # as LoraConfig.to_dict() has it
         targets = sorted(targets)
-    if isinstance(targets, str):  # a pattern; "all-linear" matches no layer
-        named = [layer for layer in layers if re.fullmatch(targets, layer)]
-    else:
-        endings = tuple(f".{target}" for target in targets)
-        named = [layer for layer in layers if f".{layer}".endswith(endings)]
-    if narrowed or named != layers:
-        return "|".join(map(re.escape, layers))
-    return targets
+
+    def is_named(layer):  # by PEFT's rules
+        if isinstance(targets, str):  # a pattern; "all-linear" matches no layer
+            return re.fullmatch(targets, layer) is not None
+        return any(f".{layer}".endswith(f".{target}") for target in targets)
+
+    return targets if all(is_named(layer) for layer in layers) else pattern
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -835,26 +849,25 @@ class Router:
                 size = tuple(x.shape)
                 raise ValueError(f"task {task!r}: features {size} are not finite, (N >= 2, f)")
         samples = [x.double() for x in features.values()]
-        # 1. How far each sample is from its task: from the mean of the others, not of itself.
-        residuals = []
-        for x in samples:
-            mean_of_others = (x.sum(0) - x) / (len(x) - 1)
-            residuals.append(x - mean_of_others)
-        residuals = torch.cat(residuals)
+
+        def less_others(x):  # each sample less the mean of the other samples of its task
+            return (x - x.mean(0)) * len(x) / (len(x) - 1)
+
+        # 1. Nearly every sample is at most `own` away from its task.
+        residuals = torch.cat([less_others(x) for x in samples])
         scale = whitening(residuals)
         own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
         means = torch.stack([x.mean(0) for x in samples]) @ scale
-        if len(samples) == 1:
-            return cls(list(features), means, scale, float(own))
-        # 2. How far each sample is from the nearest other task.
-        nearest = []
-        for i, x in enumerate(samples):
-            distances = torch.cdist(x @ scale, means)
-            distances[:, i] = math.inf  # leave out its own task
-            nearest.append(distances.min(dim=1).values)
-        others = torch.quantile(torch.cat(nearest), 0.02)
-        # 3. The radius lies between.
-        radius = torch.maximum(own, (own + others) / 2)
+        radius = own
+        if len(samples) > 1:
+            # 2. Nearly every sample is at least `others` away from the nearest other task.
+            nearest = []
+            for i, x in enumerate(samples):
+                other_means = torch.cat([means[:i], means[i + 1 :]])
+                nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
+            others = torch.quantile(torch.cat(nearest), 0.02)
+            # 3. The radius is half-way, but takes in what is at most `own` away.
+            radius = torch.maximum(own, (own + others) / 2)
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -869,11 +882,11 @@ class Router:
 def whitening(residuals):
     """scale (f, f): norms of residuals (N, f) @ scale are Mahalanobis distances."""
     covariance = residuals.T @ residuals / len(residuals)
+    # Few samples make some directions look too certain: shrink it towards the diagonal.
     diagonal = covariance.diagonal().clamp_min(1e-6 * covariance.max() + 1e-30)  # never 0
-    # Shrunk towards the diagonal, as directions that few samples have would look too certain.
-    covariance = covariance.lerp(diagonal.diag(), 0.1)
-    # covariance = L L^T, so that of residuals L^-T is the identity.
-    return torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+    covariance = 0.9 * covariance + 0.1 * diagonal.diag()
+    L = torch.linalg.cholesky(covariance)  # covariance = L L^T
+    return torch.linalg.inv(L).T  # residuals L^-T have the covariance L^-1 (L L^T) L^-T = 1
 
 
 def average(share, tasks, name, p=None):
@@ -898,7 +911,9 @@ def main(argv=None):
     args = parse_args(argv)
     # More threads are of no use to matrices this small; costs are those of one core.
     torch.set_num_threads(1 if args.quick or args.scaling else 2)
-    s = replace(Settings(seed=args.seed), **QUICK if args.quick else {})
+    s = Settings(seed=args.seed)
+    if args.quick:
+        s = replace(s, **QUICK)
     if args.sweep:
         return sweep(s)
     if args.scaling:
