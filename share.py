@@ -9,7 +9,7 @@ two bases, which all tasks have in common. A task then consists of its coefficie
     W0                   n × d             frozen; n = out_features, d = in_features
     B, A                 n × p, p × d      one task's LoRA factors, every scaling folded in
     beta, alpha          n × kβ, d × kα    orthonormal bases; k differs by layer and side
-    eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p: its adapter's rank, or less
+    eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p: its adapter's rank or less
 
 Phase 1 makes the bases: they are the main directions of the factors of some finished adapters.
 Phase 2 learns a new task: its coefficients are trained while the bases are frozen. Where the
@@ -27,9 +27,9 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 
 share.bases is {layer: (beta, alpha)}, share.coefficients {layer: {task: (eps_beta, eps_alpha)}}.
 Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Most of
-it is optional. Three things are on by default: a basis also holds the mean of what it was made
-from; a merge keeps a basis at least as large as it was; and `learn` with phi > 0 only adds to the
-bases.
+it is optional. By default a basis made by the variance rule also holds the mean of its columns, a
+merge does not shrink a basis that its tasks still fill, and `learn` with phi > 0 ends in a merge
+that only adds to the bases.
 """
 
 import contextlib
@@ -76,22 +76,25 @@ class ShareLinear(nn.Linear):
     def forward(self, input):
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
-        if isinstance(task, str):
+        if task is None:
+            return h
+        if isinstance(task, tuple):  # ours: a task for each sample
+            delta_x = mixed_batch(self.share, self.layer, task, input)
+        else:
             factors = self.share.factors(self.layer, task)
-            if factors is not None:  # the task has a ΔW in this layer
-                B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
-                delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
-                h = (h + delta_x).to(h.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
-        elif task is not None:  # ours: a tuple, with a task for each sample
-            h = (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
-        return h
+            if factors is None:  # the task leaves this layer alone
+                return h
+            B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
+            delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
+        return (h + delta_x).to(h.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
 
 
 def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    with torch.autocast(beta.device.type, enabled=False):  # autocast would round to half
+    # In the bases' dtype. Autocast may round B and A later, for their products with x.
+    with torch.autocast(beta.device.type, enabled=False):
         B = beta @ eps_beta
         A = (alpha @ eps_alpha).T
     return B, A
@@ -143,9 +146,9 @@ def build_basis(stack, variance=0.6, k=None, at_least=0):
 
     They are the fewest that explain `variance` of the columns minus their mean. Ours: the mean's
     direction is added, as `project` does not subtract the mean.
-    k (ours): in place of these, the k directions that lose least when the columns are projected, or
-    fewer, if their rank is lower. As they are projected with their mean, it is not subtracted.
-    at_least (ours, for merges): if variance gives fewer directions, take this many as with k.
+    Ours: k directions, if k is given, or at_least (in a merge), if the above are fewer. These are
+    the main directions of the columns with their mean, and take the place of the above. There are
+    fewer only if the rank of the columns is lower.
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_stack(stack, variance, k)
@@ -170,27 +173,12 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Those with a singular value up to rounding are left out.
     """
-    U, S = left_svd(X, rounding)
+    U, S = left_svd(X, rounding)  # if X is 0 they are empty, and so is the basis
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
-        k = int((explained < variance - 1e-13).sum()) + 1  # 1e-13: the sums are rounded
+        too_few = explained < variance - 1e-13  # 1e-13: the sums are rounded
+        k = int(too_few.sum()) + 1
     return torch.linalg.qr(U[:, :k]).Q  # QR, as U may be orthonormal only roughly
-
-
-def left_svd(X, rounding):
-    """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
-
-    They come from the eigenvectors of the smaller of X X^T and X^T X, up to 6 times faster than
-    torch.linalg.svd. As these have S², S is wrong by 1e-8 of the largest, which is less than
-    ROUNDING; and U = X V / S is orthonormal only roughly where S is small.
-    """
-    is_wide = X.shape[0] <= X.shape[1]
-    squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)  # the smallest first
-    kept = squares > rounding**2
-    S = squares[kept].sqrt().flip(0)
-    vectors = vectors[:, kept].flip(1)
-    U = vectors if is_wide else X @ (vectors / S)  # else they are V, and X V = U S
-    return U, S
 
 
 def project(bases, pair):
@@ -231,33 +219,33 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
-    phi: temporary columns beside each basis, fewer than the largest k. More than p are of no use:
-    the p columns of B leave a basis in at most p directions. After the block the task is merged,
+    phi: temporary columns beside each basis, fewer than the largest k, and p at most, as B has p
+    columns and needs no more new directions. After the block the task is merged,
         grow=False  by the paper's phase 3, which may lose much of it, see `retained`;
         grow=True   by ours, the default, which adds directions to the bases and loses nothing.
     finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
     """
-    # 1. Start from random coefficients and, if phi > 0, random temporary columns.
+    # 1. Start: random coefficients and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
-    # 2. The caller trains the copy, and all else is frozen. Meanwhile ShareLinear.forward gets B
-    #    and A from `learned_factors`, which Share.factors calls: so gradients reach the copy.
+    # 2. The caller's loop trains the copy, and all else is frozen. The way of the gradients:
+    #    loss -> ShareLinear.forward -> Share.factors -> learned_factors -> trained
     with share._training(model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Drop the layers that the loss never reached: there the task would be its random start.
     ends = moved_layers(task, start, trained)
+    # 4. Without temporary columns keep the coefficients.
     if phi == 0:
-        # 4. What was trained are coefficients in the bases. Keep them.
         share._keep(task, ends)
-    else:
-        # 4. What was trained are coefficients in wider bases, [beta, columns_beta]. But their
-        #    product B A is a finished adapter, which phase 3 takes in.
-        factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-        new = {task: Adapter(factors)}
-        if grow:  # ours: the bases get all that the adapter has outside of them: nothing is lost
-            share.merge(new, variance=1.0, grow=True)
-        else:  # the paper's
-            share.merge(new)
+        return
+    # 5. With them, these are coefficients in wider bases, [beta, columns_beta]. But their product
+    #    B A is a finished adapter, which phase 3 takes in.
+    factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
+    new = {task: Adapter(factors)}
+    if grow:  # ours: the bases get all that the adapter has outside of them, and nothing is lost
+        share.merge(new, variance=1.0, grow=True)
+    else:  # the paper's
+        share.merge(new)
 
 
 def start_layer(bases, p, phi, sigma, generator):
@@ -267,8 +255,9 @@ def start_layer(bases, p, phi, sigma, generator):
     the start, but small. Temporary columns: N(0, 1 / rows), of norm near 1; the paper leaves it
     open.
     """
+    beta, alpha = bases
     parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
-    for name, basis in zip(("beta", "alpha"), bases, strict=True):
+    for name, basis in (("beta", beta), ("alpha", alpha)):
         rows, k = basis.shape
         # a row for each direction of the basis and for each temporary column
         eps = sigma * torch.randn(k + phi, p, generator=generator, device="cpu")
@@ -299,7 +288,8 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
     variance, k: see `build_basis`; with neither, the share's variance (an earlier k is not kept).
-    Earlier tasks may change, and directions that no task uses are lost. grow=True (ours): bases and
+    A small variance does not make a basis smaller, but k does. Earlier tasks may change, and
+    directions that no task uses are lost. grow=True (ours): bases and
     earlier tasks stay, and each new adapter in turn adds directions: so many that they explain
     `variance` of what it has outside the bases; or, with k, until a basis has k.
     """
@@ -312,7 +302,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     for layer, new in share._pairs_by_layer(adapters).items():
         if layer not in share.bases:
             merged = build_layer(new, **rule)
-        elif not grow:  # the paper's: this calls merge_layer, below, with shortened columns
+        elif not grow:  # the paper's: it is merge_layer, below, on shortened columns
             merged = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         else:  # ours
             merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
@@ -332,8 +322,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: a basis keeps its size, if its tasks still span it. By the variance
-    #    rule alone each merge would keep, say, 60 % of the 60 % that the last one has left of them.
+    # 3. Phase 1 again. Ours: no basis gets smaller while its tasks fill it. Else each merge would
+    #    keep, say, 60 % of the 60 % that the last one has kept of the old tasks.
     sizes = beta.shape[1], alpha.shape[1]
     return build_layer(pairs, variance, k, stacking, at_least=sizes)
 
@@ -520,13 +510,14 @@ class Share:
         # The paper has phi < k. Here k differs by layer and side: the largest counts.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
         max_k = max(sizes, default=0)
-        if type(phi) is not int or phi < 0 or phi >= max(max_k, 1):
+        if type(phi) is not int or not (phi == 0 or 0 < phi < max_k):
             raise ValueError(
                 f"phi is {phi!r}; it takes 0, or an integer below the largest k, {max_k}"
             )
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
         start = {}
         for layer, (beta, alpha) in self.bases.items():
+            # A basis is empty if all factors were 0. There only temporary columns can be trained.
             is_empty = min(beta.shape[1], alpha.shape[1]) == 0
             if phi > 0 or not is_empty:
                 start[layer] = start_layer((beta, alpha), p, phi, sigma, generator)
@@ -542,9 +533,12 @@ class Share:
         start = {}
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
-                eps_beta, eps_alpha = self.coefficients[layer][task]  # `learn` trains a copy
-                # pairs, as it would sort the names of a dict
-                start[layer] = nn.ParameterDict([("eps_beta", eps_beta), ("eps_alpha", eps_alpha)])
+                eps_beta, eps_alpha = self.coefficients[layer][task]
+                parameters = nn.ParameterDict()  # in the order of `start_layer`
+                # copies, as a tensor that was made in inference mode cannot be trained
+                parameters["eps_beta"] = eps_beta.clone()
+                parameters["eps_alpha"] = eps_alpha.clone()
+                start[layer] = parameters
         return start
 
     @contextlib.contextmanager
@@ -558,8 +552,8 @@ class Share:
             try:
                 for layer, parameters in trained.items():
                     linear = attached[layer]
-                    # 1. The bases go to the weight's device, and the parameters to theirs. The
-                    #    bases become copies: a tensor made in inference mode can train nothing.
+                    # 1. The bases go to the weight's device, and the parameters to theirs. Then the
+                    #    bases are copied: backward takes no tensor that was made in inference mode.
                     follow_weight(linear)
                     device = self.bases[layer][0].device
                     move_layer(self, layer, device)
@@ -580,8 +574,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Take in trained coefficients, {layer: {"eps_beta", "eps_alpha"}}."""
-        # A record is made of a whole adapter. After fine-tuning it is the old one, with new factors
-        # in the layers that have moved.
+        # A record has ‖ΔW‖², which needs the whole adapter. After fine-tuning this is the old one,
+        # with new factors in the layers that have moved.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -663,12 +657,14 @@ class Share:
         if not adapters:
             raise ValueError("adapters is empty; it takes one or more")
         shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
-        layers = {}
         for task, adapter in adapters.items():
             self._check_new_task(task)
             check_adapter(task, adapter, shapes)
             for layer, (B, A) in adapter.factors.items():
-                shapes[layer] = len(B), A.shape[1]  # the next adapter has to fit this one
+                shapes[layer] = len(B), A.shape[1]  # which the next adapter has to fit, too
+        layers = {}
+        for task, adapter in adapters.items():
+            for layer, (B, A) in adapter.factors.items():
                 device = self.bases[layer][0].device if layer in self.bases else B.device
                 dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
                 pair = B.detach().to(device, dtype), A.detach().to(device, dtype).T
@@ -736,6 +732,23 @@ def squared_norm(adapter):
     return total
 
 
+def left_svd(X, rounding):
+    """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
+
+    X X^T = U S² U^T, and X^T X = V S² V^T. The eigenvectors of the smaller of the two take up to 6
+    times less time than torch.linalg.svd. The price: S² has an error of 1e-16 of the largest, so S
+    one of 1e-8, which is less than ROUNDING; and the U that is made of V is orthonormal only
+    roughly where S is small.
+    """
+    is_wide = X.shape[0] <= X.shape[1]
+    squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)  # the smallest first
+    kept = squares > rounding**2
+    S = squares[kept].sqrt().flip(0)
+    vectors = vectors[:, kept].flip(1)
+    U = vectors if is_wide else X @ (vectors / S)  # if not, they are V, and X V = U S
+    return U, S
+
+
 def outside_of(basis, X):
     """The part of the columns X (n, m), in float64, that is orthogonal to a basis."""
     basis = basis.double()
@@ -744,7 +757,8 @@ def outside_of(basis, X):
 
 def add_directions(basis, columns):
     """A basis, and beside it the directions of columns from outside of it."""
-    # The callers have projected once, which is right only roughly where little is outside.
+    # Project a second time: if little of a column is outside, the first leaves a part inside the
+    # basis that QR would make large.
     added = torch.linalg.qr(outside_of(basis, columns)).Q
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
@@ -760,7 +774,9 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
-    if middle.numel() == 0:  # a basis is empty, so ΔW is 0; the SVD would give 0 columns, not p
+    if middle.numel() == 0:
+        # A basis is empty, so ΔW is 0. Keep columns, of which the SVD would give none: a task with
+        # none counts as one that leaves the layer alone, see `save`.
         return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     root = S[:p].sqrt()
@@ -773,26 +789,24 @@ def with_mean(basis, mean, m, rounding):
 
     `project` does not subtract the mean, so the basis has to hold it. It may do so already.
     """
-    outside = outside_of(basis, mean)
-    if outside.norm() * m**0.5 <= rounding:  # the norm of m columns that all lack this
+    missing = outside_of(basis, mean)  # by each of the m columns
+    if missing.norm() * m**0.5 <= rounding:  # the norm of a matrix of m such columns
         return basis
-    return add_directions(basis, outside)
+    return add_directions(basis, missing)
 
 
 def update_pair(pair):
-    """Ours: in place of the columns of (B, A^T), (C, D) that depend on ΔW = B A alone, in float64.
+    """Ours: (C, D) that depend on ΔW = B A alone, not on how it is split into B and A; in float64.
 
-    B M and M^-1 A have the same product as B and A, but other main directions. With A^T = Q R,
-
-        ΔW = B A = (B R^T) Q^T = C Q^T
-
-    and as Q is orthonormal, C = B R^T has the left singular vectors and values of ΔW, whatever M
-    is. (Another M rotates the columns of C.) D is the same of ΔW^T. C D^T is not ΔW.
+    B M and M^-1 A have the same product as B and A, but B M has other main directions than B. With
+    A^T = Q R, ΔW = (B R^T) Q^T = C Q^T. As Q is orthonormal, C has the left singular vectors and
+    values of ΔW. M only rotates the columns of C, which leaves their main directions. D is the same
+    for ΔW^T. (Both are for finding bases: C D^T is not ΔW.)
     """
     B, A_T = [side.double() for side in pair]
-    R_of_B = torch.linalg.qr(B, mode="r").R
-    R_of_A = torch.linalg.qr(A_T, mode="r").R
-    return B @ R_of_A.T, A_T @ R_of_B.T
+    R_B = torch.linalg.qr(B, mode="r").R
+    R_A = torch.linalg.qr(A_T, mode="r").R
+    return B @ R_A.T, A_T @ R_B.T
 
 
 def bases_of_updates(pairs, variance, k, at_least):
@@ -800,38 +814,42 @@ def bases_of_updates(pairs, variance, k, at_least):
     updates = [update_pair(pair) for pair in pairs.values()]
     bases = []
     for side in (0, 1):
+        # As in `build_basis`, but the mean stays: rotated columns have another mean.
         X = side_by_side([update[side] for update in updates])
-        # The mean is not subtracted: columns may be rotated, and then have another one.
         rounding = ROUNDING * X.norm()
         basis = main_directions(X, rounding, variance, k)
         if k is None and basis.shape[1] < at_least[side]:
             basis = main_directions(X, rounding, k=at_least[side])
-        bases.append(basis.to(next(iter(pairs.values()))[side].dtype))
+        dtype = next(iter(pairs.values()))[side].dtype
+        bases.append(basis.to(dtype))
     return tuple(bases)
 
 
 def side_by_side(matrices):
     """Matrices (n, r) as one (n, m), each divided by its norm: all tasks weigh the same."""
     norms = torch.stack([matrix.norm() for matrix in matrices])
-    # One far below the largest may be rounding, and stays small. 1e-300: all may be 0.
-    norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)
-    return torch.cat([matrix / norm for matrix, norm in zip(matrices, norms, strict=True)], dim=1)
+    # A matrix far smaller than the largest may be rounding alone, which must not become large.
+    norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)  # 1e-300: no 0 / 0 if all are 0
+    scaled = [matrix / norm for matrix, norm in zip(matrices, norms, strict=True)]
+    return torch.cat(scaled, dim=1)
 
 
 def fast_merge_layer(bases, old, new, **rule):
     """merge_layer(bases, old, new, **rule) by columns of q numbers in place of n.
 
-    Take an orthonormal basis Q (n, q) of the span of the old basis and the new factors: all columns
-    that merge_layer sees are Q y, with y = Q^T x. Multiplying by Q changes no length or angle. So
-    merge the y, and put Q before the new basis. Coefficients are relative to a basis: they are the
-    same, up to the sign of a direction and its coefficients.
+    All columns that merge_layer sees lie in the span of the old basis and the new factors. Let
+    Q (n, q) be an orthonormal basis of it. Each column x is Q y, with y = Q^T x of the same length
+    and at the same angles. So merge the y, and multiply the new basis by Q. The coefficients are
+    the same (up to a sign that a direction and its coefficients have in common).
     """
     Qs = []
     for side in (0, 1):
         columns = [bases[side]] + [pair[side] for pair in new.values()]
         Qs.append(torch.linalg.qr(torch.cat(columns, dim=1).double()).Q)
+    # `project` multiplies both sides by Q^T, those of the bases as those of a pair.
+    short_bases = project(Qs, bases)
     short_new = {task: project(Qs, pair) for task, pair in new.items()}
-    short_bases, coefficients = merge_layer(project(Qs, bases), old, short_new, **rule)
+    short_bases, coefficients = merge_layer(short_bases, old, short_new, **rule)
     beta = (Qs[0] @ short_bases[0]).to(bases[0])
     alpha = (Qs[1] @ short_bases[1]).to(bases[1])
     return (beta, alpha), coefficients
@@ -844,7 +862,7 @@ def grow_layer(bases, old, new, variance, k, stacking):
     up to which a smaller basis grows; earlier adapters take the room first.
     """
     beta, alpha = bases
-    for pair in new.values():  # one by one, as rounding is relative to an adapter
+    for pair in new.values():  # one by one: variance and rounding are relative to an adapter
         columns = update_pair(pair) if stacking == "updates" else pair
         beta = grow_basis(beta, columns[0], variance, k)
         alpha = grow_basis(alpha, columns[1], variance, k)
@@ -864,13 +882,16 @@ def with_rows(eps, basis):
 def grow_basis(basis, stack, variance, k):
     """A basis, and beside it the main directions of what a stack (n, m) has outside of it.
 
-    k: None adds as many as explain `variance` of that; else the basis grows to k directions.
+    k: None adds as many as explain `variance` of that; else the basis grows up to k directions.
     """
     stack = stack.double()
     outside = outside_of(basis, stack)
     rounding = ROUNDING * stack.norm()  # of the whole stack: what is outside may be rounding alone
-    room = None if k is None else max(0, k - basis.shape[1])
-    return add_directions(basis, main_directions(outside, rounding, variance, room))
+    if k is None:
+        added = main_directions(outside, rounding, variance)
+    else:
+        added = main_directions(outside, rounding, k=max(0, k - basis.shape[1]))
+    return add_directions(basis, added)
 
 
 # --- Mixed batches
@@ -900,7 +921,7 @@ def stack_padded(matrices):
 
 # --- Behind attach and learn
 def moved_layers(task, start, trained):
-    """{layer: {name: tensor}}, copies, where a parameter is no longer what it was at the start."""
+    """{layer: {name: tensor}}, copies, of the layers in which a parameter has another value now."""
     moved = {}
     for layer, parameters in trained.items():
         end = {}
@@ -923,7 +944,7 @@ def frozen(model):
     """For a block no parameter of a model can train; afterwards requires_grad is as before.
 
     Buffers in state_dict(), such as BatchNorm's statistics, get their old values back, as a block
-    of `learn` changes nothing but the task. Others are taken for caches. Gradients are dropped.
+    of `learn` changes nothing but the task. All other buffers may be caches. Gradients are dropped.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -943,8 +964,8 @@ def frozen(model):
 
 def put_back(buffer, value):
     """Write a buffer, or leave it if PyTorch cannot write it."""
-    # A buffer that was made in inference_mode can be written only in it, where all others can be
-    # written, too. One that is expanded, many elements on one number in memory, never can.
+    # A buffer that was made in inference_mode can be written only there, and so can all others. Not
+    # an expanded one, many elements on one number in memory: it raises, and stays as it is.
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
 
@@ -956,10 +977,14 @@ def follow_weight(linear, inputs=()):
     """
     device = linear.weight.device
     if device.type == "meta" and inputs:
-        # Offloaded by accelerate, which loads the weight after this hook, to a device that nothing
-        # tells. It has moved the input there by now, if the whole model was dispatched.
+        # accelerate keeps an offloaded weight on meta, and loads it only after this hook. If it
+        # dispatched the whole model, the input is where the weight will be. If not, the product
+        # raises: the numbers are on two devices.
         device = inputs[0].device
-    if device.type != "meta" and linear.share.bases[linear.layer][0].device != device:
+    if device.type == "meta":
+        return  # not known yet
+    beta, _ = linear.share.bases[linear.layer]
+    if beta.device != device:
         move_layer(linear.share, linear.layer, device)
 
 

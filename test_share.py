@@ -720,8 +720,10 @@ def test_a_share_made_in_any_context_is_exact_and_trains(context, tmp_path):
     for made in (share, loaded):
         assert error(made, adapters) < 1e-5
         x = [batch(torch.float32)] * 3
-        losses = train_coefficients(made, made.attach(net(torch.float32)), "new", x, square_loss)
-        assert losses[-1] < losses[0]
+        model = made.attach(net(torch.float32))
+        for settings in ({"task": "new"}, {"task": "a", "finetune": True}):
+            losses = train_coefficients(made, model, batches=x, loss_fn=square_loss, **settings)
+            assert losses[-1] < losses[0]
 
 
 def test_half_precision_adapters_make_a_float32_share():
