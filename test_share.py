@@ -721,7 +721,7 @@ def test_a_share_made_in_any_context_is_exact_and_trains(context, tmp_path):
         assert error(made, adapters) < 1e-5
         x = [batch(torch.float32)] * 3
         model = made.attach(net(torch.float32))
-        for settings in ({"task": "new"}, {"task": "a", "finetune": True}):
+        for settings in ({"task": "a", "finetune": True}, {"task": "new"}):
             losses = train_coefficients(made, model, batches=x, loss_fn=square_loss, **settings)
             assert losses[-1] < losses[0]
 
