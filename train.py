@@ -5,10 +5,10 @@ them, eps_beta and eps_alpha (k, p), which give its change of the layer's weight
 
     ΔW = B A  with  B = beta eps_beta  and  A = (alpha eps_alpha)^T
 
-    phase 1  makes bases from the first tasks' LoRA adapters   Share.from_adapters, in compare
-    phase 2  trains coefficients for each later task           share.learn, in learn_task
-    phase 3  merges phi more columns, which phase 2 may        the same with phi > 0, in other_rows
-             train beside each basis, into the bases
+    phase 1  makes the bases from LoRA adapters of the first tasks   Share.from_adapters, in compare
+    phase 2  trains the coefficients of each later task              share.learn, in learn_task
+    phase 3  is optional: phase 2 may also train phi temporary       share.learn with phi > 0,
+             columns beside each basis, which are merged into it     of other_rows
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -22,7 +22,7 @@ task t. A prompt for the key 3 0 15, in clear and as that of task 1, and the ans
     task 1    33 33 33   5  1  0   2  2  2  15 15 15   7  8  9
     answer               8  1 15   5  2  1   2 15 14  10  8  8
 
-    python train.py              Share, one LoRA per task, one LoRA for all: with claims
+    python train.py              Share; a LoRA per task (rank 8 and 1); one LoRA through all tasks
     python train.py --all        all other rows of the README's table, and the claims about them
     python train.py --seeds 5    several seeds: mean ± standard deviation
     python train.py --sweep      the ablations: variance, stack and p; and what phi is for
@@ -71,7 +71,7 @@ class Settings:
     test: int = 128  # prompts behind each accuracy
     # LoRA; its rate falls to 0
     r: int = 8  # rank
-    lora_steps: int = 100  # per task: every LoRA is then at 1.000
+    lora_steps: int = 100  # per task; after these every LoRA has an accuracy of 1.000
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
     # Share; its rate does not fall
@@ -112,7 +112,7 @@ def accuracy(model, batch):
 
 
 def fit(model, batches, lr, last_lr=0.0):
-    """Train all that requires gradients with Adam, at a rate that goes in a line to last_lr.
+    """Train all that requires gradients with Adam; the rate goes linearly from lr to last_lr.
 
     Returns the last loss, and how many numbers were trained.
     """
@@ -199,8 +199,9 @@ class Experiment:
 
     def __init__(self, s):
         self.s = s
-        # Seeds of generators: 100 * seed + t for training on task t (t = how many there are: on all
-        # of them), 100 * seed + 98 for pre-training, 100 * seed + 99 for keys and tests.
+        # A generator for each use, with the seed 100 * s.seed +
+        #   t for training on task t; the number of tasks for training on all of them;
+        #   98 for pre-training; 99 for the keys and tests.
         generator = torch.Generator().manual_seed(100 * s.seed + 99)
         self.keys = torch.randint(LETTERS, (s.first + s.later, KEY), generator=generator)
         self.names = [f"task {t}" for t in range(len(self.keys))]
@@ -230,13 +231,15 @@ class Experiment:
         return [accuracy(model, test) for test in self.tests[:count]]
 
     def matrix_row(self, learned):
-        """Row t of the accuracy matrix: `learned`, of tasks 0 to t, then the base's of the rest."""
+        """A row of the accuracy matrix: accuracies on learned tasks, then the base's on the rest."""
         return learned + self.base_accuracies[len(learned) :]
 
     def new_lora(self, start_name, r):
-        """A copy of the base with a LoRA, whose random start depends on a name and the seed."""
-        # so that no two share a start, whichever rows ran before
-        torch.manual_seed(self.s.seed + zlib.crc32(start_name.encode()))
+        """A copy of the base with a new LoRA.
+
+        The name is part of the seed, so that the start does not depend on which rows ran before.
+        """
+        torch.manual_seed(self.s.seed + zlib.crc32(start_name.encode()))  # hash() varies by run
         return attach_lora(copy.deepcopy(self.base), TARGETS, r)
 
     def lora_per_task(self, method, r, lr, tasks=None):
@@ -266,20 +269,22 @@ class Experiment:
         return row_of_matrix(matrix, trained, trained)
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Learn task t, phase 2; with phi > 0 also merge it into the bases, phase 3.
+        """Learn task t: train its coefficients (phase 2) and, if phi > 0, merge it (phase 3).
 
-        phi   columns beside each basis that are trained, too
-        grow  how they are merged: True adds directions (ours), False makes new bases (the paper's)
+        With phi > 0 each basis has phi temporary columns beside it, which are trained with the
+        coefficients: B = [beta, columns] eps_beta with eps_beta (k + phi, p). Then they are merged:
+
+        grow=True   ours: directions are added to the bases; earlier tasks stay as they are
+        grow=False  the paper's: all tasks make new bases; earlier tasks may lose
 
         Returns the last loss, and how many numbers were trained.
         """
         s = self.s
-        settings = dict(p=p, phi=phi, grow=grow, seed=100 * s.seed + t)
-        with share.learn(model, self.names[t], **settings):
-            # Here the task's coefficients, and the phi columns, are all of the model that trains.
+        seed = 100 * s.seed + t
+        with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
+            # Here only the coefficients (and temporary columns) require gradients.
             loss, trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        # Leaving the block has stored the task and, with phi > 0, merged it.
-        return loss, trained
+        return loss, trained  # on leaving the block the task was stored and, if phi > 0, merged
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
@@ -290,14 +295,13 @@ class Experiment:
         return accuracies
 
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
-        """Learn the tasks after the first ones, which the share has: the model and the row.
+        """Learn each task that the share does not have yet. Returns the model and the row.
 
-        first_rows: the rows of the accuracy matrix for the first ones.
+        first_rows: rows of the accuracy matrix for the tasks that it has; [] if it has none.
         """
-        first = len(first_rows)  # how many there are; with random bases none
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
-        for t in range(first, len(self.names)):
+        for t in range(len(first_rows), len(self.names)):
             loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
             matrix.append(self.matrix_row(learned))
@@ -307,22 +311,18 @@ class Experiment:
 
 # --- Rows of the table
 def metrics(matrix):
-    """Three numbers of a matrix, whose [i][j] is the accuracy on task j after task i was learned.
+    """Three numbers of a matrix; matrix[i][j]: accuracy on task j after learning tasks 0 to i.
 
-    acc         the mean of its last row
-    bwt         the mean of last[j] - matrix[j][j] (Lopez-Paz and Ranzato 2017)
-    forgetting  the mean of best[j] - last[j], with the best of earlier rows (Chaudhry et al. 2018)
+    acc         mean over j of last[j], the last row
+    bwt         mean over j of last[j] - matrix[j][j] (Lopez-Paz and Ranzato 2017)
+    forgetting  mean over j of (the best matrix[i][j] before it) - last[j] (Chaudhry et al. 2018)
 
-    The last two are over all tasks but the last.
+    The last two leave out the last task. For i < j, matrix[i][j] is the base's accuracy.
     """
     *earlier, last = matrix
-    changes = []
-    losses = []
-    for j in range(len(earlier)):
-        best = max(row[j] for row in earlier)  # also of rows before j: there it is the base's
-        changes.append(last[j] - matrix[j][j])
-        losses.append(best - last[j])
-    bwt, forgetting = mean(changes), mean(losses)
+    tasks = range(len(earlier))
+    bwt = mean([last[j] - matrix[j][j] for j in tasks])
+    forgetting = mean([max(row[j] for row in earlier) - last[j] for j in tasks])
     return {"accuracy_matrix": matrix, "acc": mean(last), "bwt": bwt, "forgetting": forgetting}
 
 
@@ -335,9 +335,9 @@ def row_of_matrix(matrix, trained, stored):
 
 
 def row_of_accuracies(accuracies, stored):
-    """A row of the table for tasks that have no order, so that nothing can be forgotten."""
-    no_order = dict.fromkeys(("accuracy_matrix", "bwt", "forgetting", "trained_per_task"))
-    return {"acc": mean(accuracies), "stored": stored, **no_order}
+    """A row of the table for tasks without an order, of which none can be forgotten."""
+    missing = dict.fromkeys(("accuracy_matrix", "bwt", "forgetting", "trained_per_task"))
+    return {"acc": mean(accuracies), "stored": stored, **missing}
 
 
 def report(method, t, loss, learned):
@@ -356,37 +356,40 @@ def num_basis_parameters(share):
     return sum(beta.numel() + alpha.numel() for beta, alpha in share.bases.values())
 
 
+def num_task_parameters(share, task):
+    tensors = list(share.reconstruct(task).extras.values())  # such as a head; here there are none
+    for by_task in share.coefficients.values():  # of a layer: {task: (eps_beta, eps_alpha)}
+        tensors += by_task.get(task, ())
+    return sum(tensor.numel() for tensor in tensors)
+
+
 def num_parameters(share, task=None):
     """How many numbers are stored: for one task (coefficients, extras), or in all, bases too."""
-    if task is None:
-        of_tasks = [num_parameters(share, name) for name in share.tasks]
-        return num_basis_parameters(share) + sum(of_tasks)
-    tensors = list(share.reconstruct(task).extras.values())
-    for by_task in share.coefficients.values():  # of a layer: {task: (eps_beta, eps_alpha)}
-        tensors += by_task.get(task, ())  # a task may leave a layer alone
-    return sum(tensor.numel() for tensor in tensors)
+    if task is not None:
+        return num_task_parameters(share, task)
+    of_tasks = [num_task_parameters(share, name) for name in share.tasks]
+    return num_basis_parameters(share) + sum(of_tasks)
 
 
 # --- The story
 def compare(s, everything=False):
-    """The table of one seed: {method: row}."""
+    """One seed of the experiment: {method: row of the table}."""
     e = Experiment(s)
     rows = {"base": row_of_accuracies(e.base_accuracies, stored=0)}
+    # For comparison: a LoRA for each task, at rank r and at the least rank; one LoRA through all.
     adapters, rows["lora_per_task"] = e.lora_per_task("lora_per_task", s.r, s.lora_lr)
     _, rows["lora_r1"] = e.lora_per_task("lora_r1", 1, s.lora_r1_lr)
     rows["lora_sequential"] = e.lora_sequential()
-    # Phase 1: bases from the LoRA adapters of the first tasks. No p is given, so that these tasks
-    # keep coefficients of r columns, as their LoRA has. Later tasks have s.p.
+    # Phase 1: bases from the first tasks' LoRA adapters. No p is given: these tasks keep rank r.
     first_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(first_adapters, variance=s.variance, stack=s.stack)
-    # Share has not learned these tasks, LoRA has. So LoRA's rows begin Share's accuracy matrix, and
-    # what the bases lose of the tasks counts as Share's forgetting.
+    # Phase 2: coefficients of s.p columns for each later task. LoRA's rows begin Share's accuracy
+    # matrix, as LoRA learned these tasks: so what the bases lose of them counts as forgetting.
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
-    # Phase 2: coefficients for each later task. In a copy, as other rows start from `built`, too.
-    share = copy.deepcopy(built)
+    share = copy.deepcopy(built)  # other_rows needs `built` as it is
     model, rows["share"] = e.learn_tasks("share", share, first_rows)
-    if everything:  # phase 3 among it
-        rows |= other_rows(e, built, first_rows, share, model)
+    if everything:
+        rows |= other_rows(e, built, first_rows, share, model)  # phase 3 among them
     return rows
 
 
@@ -416,15 +419,18 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """The least number of tasks, `first` or more, for which Share stores less than `other`."""
+    """The least number of tasks n >= first for which Share stores less than `other`, or None.
+
+    Share stores fixed + n * each numbers, if later tasks need no more bases. `other` has no fixed.
+    """
     share = methods["share"]
-    share_each = share["trained_per_task"]  # what one more task costs Share,
-    other_each = methods[other]["trained_per_task"]  # and the other
-    # The rest is there once: the bases, and the columns that the first tasks have beyond p.
-    once = share["stored"] - len(share["accuracy_matrix"]) * share_each
-    if share_each >= other_each:
-        return math.inf
-    return next(n for n in itertools.count(first) if once + n * share_each < n * other_each)
+    each = share["trained_per_task"]
+    tasks = len(share["accuracy_matrix"])
+    fixed = share["stored"] - tasks * each  # the bases, and the columns of first tasks beyond p
+    saved_by_each = methods[other]["trained_per_task"] - each
+    if saved_by_each <= 0:
+        return None
+    return max(first, fixed // saved_by_each + 1)
 
 
 def spread(values, digits):
@@ -448,21 +454,25 @@ def print_table(runs, first):
         print(line)
     for other in ("lora_per_task", "lora_r1"):
         tasks = [break_even(run["methods"], other, first) for run in runs]
-        print(f"from {spread(tasks, 0)} tasks on share stores less than {other}")
+        if None not in tasks:
+            print(f"from {spread(tasks, 0)} tasks on share stores less than {other}")
 
 
 # --- The other rows, of --all
 def other_rows(e, built, first_rows, share, model):
-    """{method: row}. built: a share of the first tasks. share: of all tasks, attached to model."""
+    """The rows of --all: {method: row}.
+
+    built: a share of the first tasks. share: of all tasks, attached to model.
+    """
     rows = {}
     # Phase 3: with temporary columns and a merge after each task, the paper's or ours.
     for method, grow in (("share_merge", False), ("share_grow", True)):
         merging = copy.deepcopy(built)
         _, rows[method] = e.learn_tasks(method, merging, first_rows, phi=1, grow=grow)
-    # For comparison.
+    # For comparison: all tasks in random bases, the first ones, too; one LoRA for all at once.
     _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, e.s.seed), [])
     rows["lora_joint"] = lora_joint(e)
-    # Uses of the share that has all tasks. The latter two add a task to it, so routing comes first.
+    # Routing needs the share with all tasks as it is. The other two each add a task to it.
     rows["share_routed"] = share_routed(e, share, model)
     rows["share_average"] = share_average(e, share, model)
     rows["share_general"] = share_general(e, share, model)
@@ -635,19 +645,22 @@ def load_and_merge(path, adapter):
 
 
 def load_and_merge_as_published(path, adapter):
-    """Phase 3 as published: rebuild all adapters, SVD anew, project. For its time alone."""
-    share = Share.load(path)
-    pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
+    """The published phase 3, to time it: rebuild all adapters, SVD, project.
 
-    def coefficients(stack):  # columns of all tasks, side by side
+    It makes bases of the centred stack but projects the stack as it is. That is as published.
+    """
+    share = Share.load(path)
+    factors = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
+
+    def coefficients(stack):  # (n, all columns) -> (k, all columns)
         centred = stack - stack.mean(1, keepdim=True)
         U, S, _ = torch.linalg.svd(centred, full_matrices=False)
         explained = S.square().cumsum(0) / S.square().sum()  # by one direction, by two, …
         k = int((explained < share.variance).sum()) + 1  # the fewest that explain enough
-        return U[:, :k].T @ stack  # as published: bases of `centred`, coefficients of `stack`
+        return U[:, :k].T @ stack
 
-    B_stack = torch.cat([B for B, _ in pairs], dim=1)
-    A_stack = torch.cat([A.T for _, A in pairs], dim=1)
+    B_stack = torch.cat([B for B, _ in factors], dim=1)
+    A_stack = torch.cat([A.T for _, A in factors], dim=1)
     return coefficients(B_stack), coefficients(A_stack)
 
 
@@ -681,19 +694,15 @@ def svg(methods, seed):
 
 # --- PEFT's files
 # Options of PEFT (up to 0.21) that a plain LoRA does not have; an adapter with one set is refused:
-PEFT_VARIANTS = [
-    *("use_dora", "lora_bias", "use_qalora", "use_bdlora"),  # another forward pass
-    *("arrow_config", "kasa_config", "monteclora_config"),  # the same
-    *("target_parameters", "trainable_token_indices"),  # of more than nn.Linear
-    *("alora_invocation_tokens", "layer_replication"),  # for some tokens alone; more layers
-]
+PEFT_VARIANTS = ["use_dora", "lora_bias", "use_qalora", "use_bdlora"]  # another forward pass
+PEFT_VARIANTS += ["arrow_config", "kasa_config", "monteclora_config"]  # the same
+PEFT_VARIANTS += ["target_parameters", "trainable_token_indices"]  # weights not of an nn.Linear
+PEFT_VARIANTS += ["alora_invocation_tokens", "layer_replication"]  # some tokens alone; more layers
 # Values of init_lora_weights that leave W0 as it is; pissa, for one, changes it:
 PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# What `save_peft` leaves out: how training started, and ranks and layers, which it writes itself.
-PEFT_DROPPED = [
-    *("eva_config", "corda_config", "loftq_config", "rank_pattern", "alpha_pattern"),
-    *("exclude_modules", "layers_to_transform", "layers_pattern"),
-]
+# What `save_peft` leaves out: how training started; ranks, scalings, layers, which it writes anew.
+PEFT_DROPPED = ["eva_config", "corda_config", "loftq_config", "rank_pattern", "alpha_pattern"]
+PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]
 PEFT_NAME = r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight"
 
 
@@ -736,9 +745,9 @@ def load_peft(directory):
 
 
 def check_extras(extras, config, directory):
-    """ValueError for a LoRA tensor other than A and B, such as lora_magnitude_vector.
+    """ValueError for a LoRA tensor other than A and B, such as DoRA's lora_magnitude_vector.
 
-    As an extra it would be kept, but not applied. A head may be called lora_…, and is fine.
+    Among the extras it would be stored, but never applied. A head may have a name with lora_.
     """
     heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
     for name in extras:
@@ -775,8 +784,9 @@ def peft_scaling(config, layer, r, directory):
 def save_peft(adapter, directory):
     """Write an Adapter for PEFT, every layer at the largest rank, padded with zeros.
 
-    The config is the adapter's, but for the scaling, which is in B, for how training started, and
-    for `peft_targets`. ValueError, with nothing written, if JSON cannot hold it.
+    The config is copied, except for the scaling, which is 1, as B has it already; the start of
+    training, which is over; and target_modules, see `peft_targets`. ValueError, before anything is
+    written, if JSON cannot hold it.
     """
     directory = Path(directory)
     r = max(len(A) for _, A in adapter.factors.values())
@@ -801,25 +811,26 @@ def save_peft(adapter, directory):
 
 
 def peft_targets(adapter):
-    """target_modules: the config's, if they name all the adapter's layers; else a pattern of these.
+    """target_modules for a saved config: a regular expression that lists the adapter's layers.
 
-    The pattern, too, if the config narrows them by what `save_peft` does not write.
+    Or those of the adapter's config, if they match every layer and nothing else narrows them.
     """
     layers = list(adapter.factors)
-    pattern = "|".join(map(re.escape, layers))
+    exact = "|".join(map(re.escape, layers))
+    # These narrow target_modules, and save_peft drops them. 0 is the number of a layer.
     for key in ("exclude_modules", "layers_to_transform"):
-        if adapter.config.get(key) not in (None, [], ""):  # 0 is the number of a layer
-            return pattern
+        if adapter.config.get(key) not in (None, [], ""):
+            return exact
     targets = adapter.config.get("target_modules") or []
     if isinstance(targets, set):  # as LoraConfig.to_dict() has it
         targets = sorted(targets)
 
-    def is_named(layer):  # by PEFT's rules
-        if isinstance(targets, str):  # a pattern; "all-linear" matches no layer
+    def is_matched(layer):  # as in PEFT: a string is a regular expression, a list has endings
+        if isinstance(targets, str):
             return re.fullmatch(targets, layer) is not None
         return any(f".{layer}".endswith(f".{target}") for target in targets)
 
-    return targets if all(is_named(layer) for layer in layers) else pattern
+    return targets if all(is_matched(layer) for layer in layers) else exact
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -827,7 +838,7 @@ def peft_targets(adapter):
 class Router:
     """Picks the task: the nearest class mean, or the base (None) when none is near (radius).
 
-    Distances are Mahalanobis', that is of features (N, f) @ scale (f, f), see `whitening`.
+    Distances are those of features (N, f) @ scale (f, f), which makes them Mahalanobis distances.
     """
 
     tasks: list[str]
@@ -840,34 +851,30 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-        own     distance of a sample to the mean of the others of its task: 98 % are at most this
-        others  distance of a sample to the nearest other task: 2 % are at most this
-        radius  half-way between, but own at least; own if there is one task
+        within   98 % of the samples are at most this far from the mean of their task
+        between  98 % of the samples are at least this far from the nearest other task's mean
+        radius   half-way between the two, but at least within; with one task within
         """
         for task, x in features.items():
             if x.dim() != 2 or len(x) < 2 or not x.isfinite().all():
                 size = tuple(x.shape)
                 raise ValueError(f"task {task!r}: features {size} are not finite, (N >= 2, f)")
         samples = [x.double() for x in features.values()]
-
-        def less_others(x):  # each sample less the mean of the other samples of its task
-            return (x - x.mean(0)) * len(x) / (len(x) - 1)
-
-        # 1. Nearly every sample is at most `own` away from its task.
-        residuals = torch.cat([less_others(x) for x in samples])
+        # A sample draws the mean of its task near. So take the mean of the others:
+        # x_i - mean of the others = (x_i - mean of all) N / (N - 1).
+        residuals = torch.cat([(x - x.mean(0)) * len(x) / (len(x) - 1) for x in samples])
         scale = whitening(residuals)
-        own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
+        within = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
         means = torch.stack([x.mean(0) for x in samples]) @ scale
-        radius = own
-        if len(samples) > 1:
-            # 2. Nearly every sample is at least `others` away from the nearest other task.
-            nearest = []
-            for i, x in enumerate(samples):
-                other_means = torch.cat([means[:i], means[i + 1 :]])
-                nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
-            others = torch.quantile(torch.cat(nearest), 0.02)
-            # 3. The radius is half-way, but takes in what is at most `own` away.
-            radius = torch.maximum(own, (own + others) / 2)
+        if len(samples) == 1:
+            return cls(list(features), means, scale, float(within))
+        nearest_others = []
+        for i, x in enumerate(samples):
+            distances = torch.cdist(x @ scale, means)
+            distances[:, i] = math.inf  # not the task of the sample
+            nearest_others.append(distances.min(dim=1).values)
+        between = torch.quantile(torch.cat(nearest_others), 0.02)
+        radius = torch.maximum(within, (within + between) / 2)
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -880,13 +887,16 @@ class Router:
 
 
 def whitening(residuals):
-    """scale (f, f): norms of residuals (N, f) @ scale are Mahalanobis distances."""
-    covariance = residuals.T @ residuals / len(residuals)
-    # Few samples make some directions look too certain: shrink it towards the diagonal.
-    diagonal = covariance.diagonal().clamp_min(1e-6 * covariance.max() + 1e-30)  # never 0
-    covariance = 0.9 * covariance + 0.1 * diagonal.diag()
-    L = torch.linalg.cholesky(covariance)  # covariance = L L^T
-    return torch.linalg.inv(L).T  # residuals L^-T have the covariance L^-1 (L L^T) L^-T = 1
+    """scale (f, f), so that the norm of r @ scale is the Mahalanobis distance of a residual r.
+
+    With the covariance C = L L^T and scale = L^-T, ‖r L^-T‖² = r L^-T L^-1 r^T = r C^-1 r^T.
+    """
+    C = residuals.T @ residuals / len(residuals)
+    # A feature that is constant has variance 0; then C would have no inverse.
+    variances = C.diagonal().clamp_min(1e-6 * C.max() + 1e-30)
+    # Few samples make some directions look too certain: shrink C a tenth towards its diagonal.
+    C = 0.9 * C + 0.1 * variances.diag()
+    return torch.linalg.inv(torch.linalg.cholesky(C)).T
 
 
 def average(share, tasks, name, p=None):
@@ -901,7 +911,7 @@ def average(share, tasks, name, p=None):
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
     if p is None:
-        # The columns of the stacked factors: with as many `add` leaves nothing out.
+        # The columns of the stacked factors. With so many, `add` cuts nothing off.
         p = max((len(A) for _, A in factors.values()), default=1)
     share.add(name, Adapter(factors), p)
 
@@ -951,8 +961,8 @@ def parse_args(argv):
             parser.error(f"{path}: there is no folder {path.parent}")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: it takes 1 or more")
-    others = args.all or args.seeds > 1 or args.json or args.svg
-    if (args.sweep and args.scaling) or ((args.sweep or args.scaling) and others):
+    tabled = args.all or args.seeds > 1 or args.json or args.svg  # what needs the table's rows
+    if [bool(tabled), args.sweep, args.scaling].count(True) > 1:
         parser.error("--sweep and --scaling go with --seed and --quick alone")
     return args
 
