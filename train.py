@@ -231,7 +231,7 @@ class Experiment:
         return [accuracy(model, test) for test in self.tests[:count]]
 
     def matrix_row(self, learned):
-        """A row of the accuracy matrix: accuracies on learned tasks, then the base's on the rest."""
+        """A row of the accuracy matrix: accuracies on learned tasks, then the base's on others."""
         return learned + self.base_accuracies[len(learned) :]
 
     def new_lora(self, start_name, r):
