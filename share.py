@@ -27,9 +27,9 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 
 share.bases is {layer: (beta, alpha)}, share.coefficients {layer: {task: (eps_beta, eps_alpha)}}.
 Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Most of
-it is optional. By default a basis made by the variance rule also holds the mean of its columns, a
-merge does not shrink a basis that its tasks still fill, and `learn` with phi > 0 ends in a merge
-that only adds to the bases.
+it is optional. Three things are on by default: a basis made by the variance rule also holds the
+mean of its columns (with_mean); a merge keeps the size of a basis (step 4 of merge_layer); and
+`learn` with phi > 0 ends in a merge that only adds directions (grow).
 """
 
 import contextlib
@@ -114,41 +114,38 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     coefficients = {}
     pairs_by_layer = share._pairs_by_layer(adapters)  # {layer: {task: (B, A^T)}}, checked
     for layer, pairs in pairs_by_layer.items():
-        bases[layer], found = build_layer(pairs, variance, k, stack)
+        bases[layer], found = build_layer(pairs, variance, (k, k), stack)
         coefficients[layer] = {task: best_rank(eps, p) for task, eps in found.items()}
     share._store(adapters, bases, coefficients)
     return share
 
 
-def build_layer(pairs, variance, k=None, stacking="factors", at_least=(0, 0)):
+def build_layer(pairs, variance, sizes, stacking):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    Ours: k, stacking, and at_least, the least sizes of beta and alpha.
+    sizes (ours): k of beta and of alpha, or None, see `build_basis`. stacking: "factors", or ours.
     """
     if stacking == "factors":
         # 1. Put the B's of all tasks side by side, and their A^T's.
         Bs = torch.cat([B for B, _ in pairs.values()], dim=1)
         A_Ts = torch.cat([A_T for _, A_T in pairs.values()], dim=1)
         # 2. Take the main directions of each.
-        beta = build_basis(Bs, variance, k, at_least[0])
-        alpha = build_basis(A_Ts, variance, k, at_least[1])
-        bases = beta, alpha
+        bases = build_basis(Bs, variance, sizes[0]), build_basis(A_Ts, variance, sizes[1])
     else:  # ours: "updates"
-        bases = bases_of_updates(pairs, variance, k, at_least)
+        bases = bases_of_updates(pairs, variance, sizes)
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
     return bases, coefficients
 
 
-def build_basis(stack, variance=0.6, k=None, at_least=0):
+def build_basis(stack, variance=0.6, k=None):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    They are the fewest that explain `variance` of the columns minus their mean. Ours: the mean's
-    direction is added, as `project` does not subtract the mean.
-    Ours: k directions, if k is given, or at_least (in a merge), if the above are fewer. These are
-    the main directions of the columns with their mean, and take the place of the above. There are
-    fewer only if the rank of the columns is lower.
+    The paper's: the fewest that explain `variance` of the columns minus their mean. Ours: beside
+    them the mean's direction, as `project` does not subtract the mean.
+    Ours, if k is given: in place of all that, the first k directions of the columns, from which no
+    mean is subtracted; or fewer, if the rank of the columns is lower.
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_stack(stack, variance, k)
@@ -160,9 +157,7 @@ def build_basis(stack, variance=0.6, k=None, at_least=0):
         # 2. Take the main directions of the rest.
         basis = main_directions(X - mean, rounding, variance)
         # 3. Ours: add the mean's direction.
-        basis = with_mean(basis, mean, X.shape[1], rounding)
-        if basis.shape[1] < at_least:  # ours
-            basis = main_directions(X, rounding, k=at_least)
+        basis = with_mean(basis, X, rounding)
     else:  # ours
         basis = main_directions(X, rounding, k=k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
@@ -178,7 +173,7 @@ def main_directions(X, rounding, variance=None, k=None):
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
         too_few = explained < variance - 1e-13  # 1e-13: the sums are rounded
         k = int(too_few.sum()) + 1
-    return torch.linalg.qr(U[:, :k]).Q  # QR, as U may be orthonormal only roughly
+    return torch.linalg.qr(U[:, :k]).Q  # QR, as left_svd's U is orthonormal only roughly
 
 
 def project(bases, pair):
@@ -219,8 +214,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
-    phi: temporary columns beside each basis, fewer than the largest k, and p at most, as B has p
-    columns and needs no more new directions. After the block the task is merged,
+    phi: temporary columns beside each basis; 0, or less than the largest k. More than p bring
+    nothing: B has p columns, so that it adds p directions at most. Afterwards the task is merged,
         grow=False  by the paper's phase 3, which may lose much of it, see `retained`;
         grow=True   by ours, the default, which adds directions to the bases and loses nothing.
     finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
@@ -287,11 +282,10 @@ def learned_factors(bases, parameters):
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
-    variance, k: see `build_basis`; with neither, the share's variance (an earlier k is not kept).
-    A small variance does not make a basis smaller, but k does. Earlier tasks may change, and
-    directions that no task uses are lost. grow=True (ours): bases and
-    earlier tasks stay, and each new adapter in turn adds directions: so many that they explain
-    `variance` of what it has outside the bases; or, with k, until a basis has k.
+    variance: see `build_basis`; None takes the share's. It makes no basis smaller; k does, in its
+    place. All bases are made anew, so that earlier tasks may change, and directions that no task
+    uses are lost. grow=True (ours): bases and earlier tasks stay. Each new adapter adds directions
+    that explain `variance` of what it has outside the bases; or, with k, until a basis has k.
     """
     if variance is None:
         variance = share.variance
@@ -300,9 +294,9 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     bases = {}
     coefficients = {}
     for layer, new in share._pairs_by_layer(adapters).items():
-        if layer not in share.bases:
-            merged = build_layer(new, **rule)
-        elif not grow:  # the paper's: it is merge_layer, below, on shortened columns
+        if layer not in share.bases:  # phase 1
+            merged = build_layer(new, variance, (k, k), share.stacking)
+        elif not grow:  # the paper's: merge_layer, below, on shorter columns
             merged = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         else:  # ours
             merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
@@ -322,13 +316,45 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: no basis gets smaller while its tasks fill it. Else each merge would
-    #    keep, say, 60 % of the 60 % that the last one has kept of the old tasks.
-    sizes = beta.shape[1], alpha.shape[1]
-    return build_layer(pairs, variance, k, stacking, at_least=sizes)
+    # 3. Phase 1 again.
+    new_bases, coefficients = build_layer(pairs, variance, (k, k), stacking)
+    if k is not None:
+        return new_bases, coefficients
+    # 4. Ours: if a basis got smaller, make it anew with its old size, which is the usual case: by
+    #    variance alone each merge would keep, say, 60 % of the 60 % that the last one has kept.
+    sizes = [None, None]
+    for side in (0, 1):
+        if new_bases[side].shape[1] < bases[side].shape[1]:
+            sizes[side] = bases[side].shape[1]
+    return build_layer(pairs, variance, sizes, stacking)
 
 
-# --- Part 2, everything else. The share, which the phases fill
+# --- Part 2, everything else. Phase 3, faster
+def fast_merge_layer(bases, old, new, **rule):
+    """merge_layer(bases, old, new, **rule) by columns of q numbers in place of n.
+
+    All its columns lie in the span of the old basis and the new factors. Let Q (n, q) be an
+    orthonormal basis of it. Each column x is Q y, and y = Q^T x has the lengths and angles of x. So
+    merge the y, and multiply the new basis by Q. The coefficients are the same, up to a sign that a
+    direction and its coefficients have in common.
+    """
+    Qs = []
+    for side in (0, 1):
+        columns = [bases[side]] + [pair[side] for pair in new.values()]
+        Qs.append(torch.linalg.qr(torch.cat(columns, dim=1).double()).Q)
+
+    def shorten(left, right):  # x -> y
+        return matmul64(Qs[0].T, left), matmul64(Qs[1].T, right)
+
+    short_bases = shorten(*bases)  # `old` stays, as Q^T (beta eps_beta) = (Q^T beta) eps_beta
+    short_new = {task: shorten(B, A_T) for task, (B, A_T) in new.items()}
+    short_bases, coefficients = merge_layer(short_bases, old, short_new, **rule)
+    beta = (Qs[0] @ short_bases[0]).to(bases[0])  # y -> x
+    alpha = (Qs[1] @ short_bases[1]).to(bases[1])
+    return (beta, alpha), coefficients
+
+
+# --- The share, which the phases fill
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
@@ -352,12 +378,12 @@ class Share:
 
     @property
     def bases(self):
-        """{layer: (beta (n, k), alpha (d, k))}."""
+        """{layer: (beta (n, kβ), alpha (d, kα))}."""
         return self.held[0]
 
     @property
     def coefficients(self):
-        """{layer: {task: (eps_beta (k, p), eps_alpha (k, p))}}."""
+        """{layer: {task: (eps_beta (kβ, p), eps_alpha (kα, p))}}."""
         return self.held[1]
 
     @property
@@ -534,7 +560,7 @@ class Share:
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]
-                parameters = nn.ParameterDict()  # in the order of `start_layer`
+                parameters = nn.ParameterDict()  # in the order in which a new task has them
                 # copies, as a tensor that was made in inference mode cannot be trained
                 parameters["eps_beta"] = eps_beta.clone()
                 parameters["eps_alpha"] = eps_alpha.clone()
@@ -552,15 +578,13 @@ class Share:
             try:
                 for layer, parameters in trained.items():
                     linear = attached[layer]
-                    # 1. The bases go to the weight's device, and the parameters to theirs. Then the
-                    #    bases are copied: backward takes no tensor that was made in inference mode.
-                    follow_weight(linear)
+                    follow_weight(linear)  # the bases go to the weight's device
                     device = self.bases[layer][0].device
+                    # Copy them: backward takes no tensor that was made in inference mode.
                     move_layer(self, layer, device)
                     parameters.to(device)
-                    # 2. The layer has them, too, so that model.parameters() has them for a Trainer.
-                    linear.learned = parameters
-                # 3. From these parameters `factors` makes B and A for `forward`.
+                    linear.learned = parameters  # so that model.parameters() has them
+                # From these parameters `factors` makes B and A for `forward`.
                 self.trained = trained
                 self.learning = task
                 self.selected = task
@@ -574,8 +598,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Take in trained coefficients, {layer: {"eps_beta", "eps_alpha"}}."""
-        # A record has ‖ΔW‖², which needs the whole adapter. After fine-tuning this is the old one,
-        # with new factors in the layers that have moved.
+        # _store records ‖ΔW‖² over all layers. A fine-tuned task may have moved in some of them, so
+        # start from its whole adapter, and replace the factors that have moved.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -736,9 +760,9 @@ def left_svd(X, rounding):
     """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
 
     X X^T = U S² U^T, and X^T X = V S² V^T. The eigenvectors of the smaller of the two take up to 6
-    times less time than torch.linalg.svd. The price: S² has an error of 1e-16 of the largest, so S
-    one of 1e-8, which is less than ROUNDING; and the U that is made of V is orthonormal only
-    roughly where S is small.
+    times less time than torch.linalg.svd. The price: S² has an error of 1e-16 of the largest S², so
+    S near 0 may come out as 1e-8 of the largest S, which is below ROUNDING; and a U that is made of
+    V is orthonormal only roughly where S is small.
     """
     is_wide = X.shape[0] <= X.shape[1]
     squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)  # the smallest first
@@ -756,9 +780,9 @@ def outside_of(basis, X):
 
 
 def add_directions(basis, columns):
-    """A basis, and beside it the directions of columns from outside of it."""
-    # Project a second time: if little of a column is outside, the first leaves a part inside the
-    # basis that QR would make large.
+    """A basis, and beside it the directions of columns that were projected to the outside of it."""
+    # Project again. The basis is rounded to float32, so that of a column that is 3e-6 outside, 8 %
+    # are still inside after one projection.
     added = torch.linalg.qr(outside_of(basis, columns)).Q
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
@@ -775,7 +799,7 @@ def best_rank(eps, p):
     p = min(p, eps_beta.shape[1])
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     if middle.numel() == 0:
-        # A basis is empty, so ΔW is 0. Keep columns, of which the SVD would give none: a task with
+        # A basis is empty, so ΔW is 0, and there is no SVD. Keep columns all the same: a task with
         # none counts as one that leaves the layer alone, see `save`.
         return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
@@ -783,25 +807,26 @@ def best_rank(eps, p):
     return U[:, :p] * root, Vh[:p].T * root
 
 
-# --- Ours, and a faster merge
-def with_mean(basis, mean, m, rounding):
-    """Ours: a basis, and beside it the direction of the mean that was subtracted from m columns.
+# --- Ours
+def with_mean(basis, X, rounding):
+    """Ours: a basis, and beside it the direction of the mean of the columns X (n, m).
 
     `project` does not subtract the mean, so the basis has to hold it. It may do so already.
     """
-    missing = outside_of(basis, mean)  # by each of the m columns
-    if missing.norm() * m**0.5 <= rounding:  # the norm of a matrix of m such columns
+    mean = X.mean(dim=1, keepdim=True)
+    missing = outside_of(basis, mean)
+    # The mean was subtracted from each of the m columns, so compare the norm of m copies.
+    if missing.norm() * X.shape[1] ** 0.5 <= rounding:
         return basis
     return add_directions(basis, missing)
 
 
 def update_pair(pair):
-    """Ours: (C, D) that depend on ΔW = B A alone, not on how it is split into B and A; in float64.
+    """Ours: (C, D) with C C^T = ΔW ΔW^T and D D^T = ΔW^T ΔW, in float64.
 
-    B M and M^-1 A have the same product as B and A, but B M has other main directions than B. With
-    A^T = Q R, ΔW = (B R^T) Q^T = C Q^T. As Q is orthonormal, C has the left singular vectors and
-    values of ΔW. M only rotates the columns of C, which leaves their main directions. D is the same
-    for ΔW^T. (Both are for finding bases: C D^T is not ΔW.)
+    So C has the left singular vectors and values of ΔW = B A, however ΔW is split into B and A. B
+    has not: B M and M^-1 A give the same ΔW. With A^T = Q R we have ΔW = (B R^T) Q^T, and take
+    C = B R^T. D is the same for ΔW^T. They are for finding bases alone: C D^T is not ΔW.
     """
     B, A_T = [side.double() for side in pair]
     R_B = torch.linalg.qr(B, mode="r").R
@@ -809,17 +834,14 @@ def update_pair(pair):
     return B @ R_A.T, A_T @ R_B.T
 
 
-def bases_of_updates(pairs, variance, k, at_least):
+def bases_of_updates(pairs, variance, sizes):
     """Ours: the bases of one layer, as `build_layer` makes them with "updates"."""
     updates = [update_pair(pair) for pair in pairs.values()]
     bases = []
     for side in (0, 1):
-        # As in `build_basis`, but the mean stays: rotated columns have another mean.
+        # No mean is subtracted: C is one of many that differ by a rotation, and so in their means.
         X = side_by_side([update[side] for update in updates])
-        rounding = ROUNDING * X.norm()
-        basis = main_directions(X, rounding, variance, k)
-        if k is None and basis.shape[1] < at_least[side]:
-            basis = main_directions(X, rounding, k=at_least[side])
+        basis = main_directions(X, ROUNDING * X.norm(), variance, sizes[side])
         dtype = next(iter(pairs.values()))[side].dtype
         bases.append(basis.to(dtype))
     return tuple(bases)
@@ -832,27 +854,6 @@ def side_by_side(matrices):
     norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)  # 1e-300: no 0 / 0 if all are 0
     scaled = [matrix / norm for matrix, norm in zip(matrices, norms, strict=True)]
     return torch.cat(scaled, dim=1)
-
-
-def fast_merge_layer(bases, old, new, **rule):
-    """merge_layer(bases, old, new, **rule) by columns of q numbers in place of n.
-
-    All columns that merge_layer sees lie in the span of the old basis and the new factors. Let
-    Q (n, q) be an orthonormal basis of it. Each column x is Q y, with y = Q^T x of the same length
-    and at the same angles. So merge the y, and multiply the new basis by Q. The coefficients are
-    the same (up to a sign that a direction and its coefficients have in common).
-    """
-    Qs = []
-    for side in (0, 1):
-        columns = [bases[side]] + [pair[side] for pair in new.values()]
-        Qs.append(torch.linalg.qr(torch.cat(columns, dim=1).double()).Q)
-    # `project` multiplies both sides by Q^T, those of the bases as those of a pair.
-    short_bases = project(Qs, bases)
-    short_new = {task: project(Qs, pair) for task, pair in new.items()}
-    short_bases, coefficients = merge_layer(short_bases, old, short_new, **rule)
-    beta = (Qs[0] @ short_bases[0]).to(bases[0])
-    alpha = (Qs[1] @ short_bases[1]).to(bases[1])
-    return (beta, alpha), coefficients
 
 
 def grow_layer(bases, old, new, variance, k, stacking):
@@ -943,8 +944,9 @@ def moved_layers(task, start, trained):
 def frozen(model):
     """For a block no parameter of a model can train; afterwards requires_grad is as before.
 
-    Buffers in state_dict(), such as BatchNorm's statistics, get their old values back, as a block
-    of `learn` changes nothing but the task. All other buffers may be caches. Gradients are dropped.
+    So are buffers in state_dict(), such as BatchNorm's statistics, as a block of `learn` changes
+    nothing but the task. Not so the other buffers, which are caches, and gradients, which are
+    dropped.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -964,8 +966,8 @@ def frozen(model):
 
 def put_back(buffer, value):
     """Write a buffer, or leave it if PyTorch cannot write it."""
-    # A buffer that was made in inference_mode can be written only there, and so can all others. Not
-    # an expanded one, many elements on one number in memory: it raises, and stays as it is.
+    # In inference_mode any buffer can be written, also one that was made there. An expanded one,
+    # whose elements are one number in memory, cannot: it raises, and is left alone.
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
 
@@ -977,12 +979,11 @@ def follow_weight(linear, inputs=()):
     """
     device = linear.weight.device
     if device.type == "meta" and inputs:
-        # accelerate keeps an offloaded weight on meta, and loads it only after this hook. If it
-        # dispatched the whole model, the input is where the weight will be. If not, the product
-        # raises: the numbers are on two devices.
+        # accelerate keeps an offloaded weight on meta until just after this hook. Guess that it
+        # comes to where the input is. A wrong guess is loud: the product in forward raises.
         device = inputs[0].device
     if device.type == "meta":
-        return  # not known yet
+        return  # from attach or learn, without an input; the first forward knows more
     beta, _ = linear.share.bases[linear.layer]
     if beta.device != device:
         move_layer(linear.share, linear.layer, device)
@@ -1030,7 +1031,7 @@ def check_adapter(task, adapter, shapes):
         n, d = shapes.get(layer, (len(B), A.shape[1]))
         if len(B) != n or A.shape[1] != d:
             raise ValueError(f"{where}; the layer takes ({n}, r) and (r, {d})")
-        for factor in (B, A):  # isfinite knows no float8, and Apple's MPS no float64
+        for factor in (B, A):  # isfinite knows no float8; on the CPU, as MPS has no float64
             if not factor.is_floating_point() or not factor.cpu().double().isfinite().all():
                 raise ValueError(f"{where}; one is not of floats, or holds NaN or infinity")
 
@@ -1054,7 +1055,7 @@ def check_linear(layer, linear, cls, bases):
 
 
 def check_unwrapped(model):
-    """ValueError if a wrapper is in the model: the parameters of a block would be unknown to it."""
+    """ValueError if a wrapper is in the model: it would not know what a block of `learn` adds."""
     for module in model.modules():
         for cls in type(module).__mro__:  # fully_shard makes a class of its own
             if cls.__name__.endswith(WRAPPERS):
