@@ -76,16 +76,13 @@ class ShareLinear(nn.Linear):
     def forward(self, input):
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
-        if task is None:
-            return h
         if isinstance(task, tuple):  # ours: a task for each sample
-            delta_x = mixed_batch(self.share, self.layer, task, input)
-        else:
-            factors = self.share.factors(self.layer, task)
-            if factors is None:  # the task leaves this layer alone
-                return h
-            B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
-            delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
+            return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
+        factors = self.share.factors(self.layer, task)
+        if factors is None:  # no task, or one that leaves this layer alone
+            return h
+        B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
+        delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
         return (h + delta_x).to(h.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
 
 
@@ -448,7 +445,9 @@ class Share:
         self.selected = selected
 
     def factors(self, layer, task):
-        """LoRA's (B (n, p), A (p, d)) of a task in a layer; None where it has no ΔW."""
+        """LoRA's (B (n, p), A (p, d)) of a task in a layer; None for no task, or without a ΔW there."""
+        if task is None:
+            return None
         if task == self.learning:
             if layer not in self.trained:
                 return None
