@@ -27,9 +27,11 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 
 share.bases is {layer: (beta, alpha)}, share.coefficients {layer: {task: (eps_beta, eps_alpha)}}.
 Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Most of
-it is optional. Three things are on by default: a basis made by the variance rule also holds the
-mean of its columns (with_mean); a merge keeps the size of a basis (step 4 of merge_layer); and
-`learn` with phi > 0 ends in a merge that only adds directions (grow).
+ours is optional. Three things are on by default:
+- Phase 1 subtracts the mean of the columns before it looks for directions, as in the paper, and
+  then adds the mean's direction (with_mean).
+- A merge keeps the size of a basis that would get smaller (step 4 of merge_layer).
+- `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
 """
 
 import contextlib
@@ -111,7 +113,7 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     coefficients = {}
     pairs_by_layer = share._pairs_by_layer(adapters)  # {layer: {task: (B, A^T)}}, checked
     for layer, pairs in pairs_by_layer.items():
-        bases[layer], found = build_layer(pairs, variance, (k, k), stack)
+        bases[layer], found = build_layer(pairs, variance, (k, k), stack)  # k of either side
         coefficients[layer] = {task: best_rank(eps, p) for task, eps in found.items()}
     share._store(adapters, bases, coefficients)
     return share
@@ -139,10 +141,10 @@ def build_layer(pairs, variance, sizes, stacking):
 def build_basis(stack, variance=0.6, k=None):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    The paper's: the fewest that explain `variance` of the columns minus their mean. Ours: beside
-    them the mean's direction, as `project` does not subtract the mean.
-    Ours, if k is given: in place of all that, the first k directions of the columns, from which no
-    mean is subtracted; or fewer, if the rank of the columns is lower.
+    By default, the paper's: the fewest that explain `variance` of the columns minus their mean.
+    Ours: and the mean's direction, as `project` does not subtract the mean.
+    With k, ours: the first k directions of the columns as they are, which lose least when these are
+    projected; or fewer, if their rank is lower.
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_stack(stack, variance, k)
@@ -165,11 +167,12 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Those with a singular value up to rounding are left out.
     """
-    U, S = left_svd(X, rounding)  # if X is 0 they are empty, and so is the basis
+    U, S = left_svd(X, rounding)
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
         too_few = explained < variance - 1e-13  # 1e-13: the sums are rounded
         k = int(too_few.sum()) + 1
+    # U has fewer columns if the rank is lower: none if X is 0.
     return torch.linalg.qr(U[:, :k]).Q  # QR, as left_svd's U is orthonormal only roughly
 
 
@@ -212,14 +215,14 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
 
     p: columns of the coefficients. sigma, seed: of their random start.
     phi: temporary columns beside each basis; 0, or less than the largest k. More than p bring
-    nothing: B has p columns, so that it adds p directions at most. Afterwards the task is merged,
+    nothing, as B = [beta, columns] eps_beta has only p columns. After the block the task is merged,
         grow=False  by the paper's phase 3, which may lose much of it, see `retained`;
         grow=True   by ours, the default, which adds directions to the bases and loses nothing.
     finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
     """
     # 1. Start: random coefficients and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
-    trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
+    trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; step 3 compares it with the start
     # 2. The caller's loop trains the copy, and all else is frozen. The way of the gradients:
     #    loss -> ShareLinear.forward -> Share.factors -> learned_factors -> trained
     with share._training(model, task, trained):
@@ -279,10 +282,11 @@ def learned_factors(bases, parameters):
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
-    variance: see `build_basis`; None takes the share's. It makes no basis smaller; k does, in its
-    place. All bases are made anew, so that earlier tasks may change, and directions that no task
-    uses are lost. grow=True (ours): bases and earlier tasks stay. Each new adapter adds directions
-    that explain `variance` of what it has outside the bases; or, with k, until a basis has k.
+    All bases are made anew, so that earlier tasks may change. A basis keeps its size at least,
+    unless its tasks no longer span it. variance: see `build_basis`; None takes the share's. k: in
+    place of it, a size, which may be smaller.
+    grow=True (ours): bases and earlier tasks stay. Each new adapter adds directions that explain
+    `variance` of what it has outside the bases; or, with k, until a basis has k.
     """
     if variance is None:
         variance = share.variance
@@ -291,12 +295,12 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     bases = {}
     coefficients = {}
     for layer, new in share._pairs_by_layer(adapters).items():
-        if layer not in share.bases:  # phase 1
+        if layer not in share.bases:  # a new layer: phase 1
             merged = build_layer(new, variance, (k, k), share.stacking)
-        elif not grow:  # the paper's: merge_layer, below, on shorter columns
-            merged = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # ours
+        elif grow:  # ours
             merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
+        else:  # the paper's: this has the result of merge_layer, below
+            merged = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
@@ -317,38 +321,45 @@ def merge_layer(bases, old, new, variance, k, stacking):
     new_bases, coefficients = build_layer(pairs, variance, (k, k), stacking)
     if k is not None:
         return new_bases, coefficients
-    # 4. Ours: if a basis got smaller, make it anew with its old size, which is the usual case: by
-    #    variance alone each merge would keep, say, 60 % of the 60 % that the last one has kept.
+    # 4. Ours: if a basis got smaller, the usual case, make it anew with its old size. Else each
+    #    merge would keep, say, 60 % of the 60 % that the last one has kept. With a size build_basis
+    #    takes the columns as they are: no mean is subtracted, and none added.
     sizes = [None, None]
     for side in (0, 1):
         if new_bases[side].shape[1] < bases[side].shape[1]:
             sizes[side] = bases[side].shape[1]
-    return build_layer(pairs, variance, sizes, stacking)
+    if sizes != [None, None]:
+        new_bases, coefficients = build_layer(pairs, variance, sizes, stacking)
+    return new_bases, coefficients
 
 
 # --- Part 2, everything else. Phase 3, faster
 def fast_merge_layer(bases, old, new, **rule):
     """merge_layer(bases, old, new, **rule) by columns of q numbers in place of n.
 
-    All its columns lie in the span of the old basis and the new factors. Let Q (n, q) be an
-    orthonormal basis of it. Each column x is Q y, and y = Q^T x has the lengths and angles of x. So
-    merge the y, and multiply the new basis by Q. The coefficients are the same, up to a sign that a
-    direction and its coefficients have in common.
+    Each column x that merge_layer sees lies in the span of the old basis and the new factors. Let
+    Q (n, q) be an orthonormal basis of that span. Then x = Q y with y = Q^T x, and the y have the
+    inner products of the x. So they have the same singular values, and their directions times Q are
+    those of the x, up to signs.
     """
+    # 1. Find Q for each side.
     Qs = []
     for side in (0, 1):
         columns = [bases[side]] + [pair[side] for pair in new.values()]
         Qs.append(torch.linalg.qr(torch.cat(columns, dim=1).double()).Q)
 
-    def shorten(left, right):  # x -> y
+    # 2. Shorten the bases and the new factors. The old coefficients hold as they are: x = beta eps
+    #    gives y = (Q^T beta) eps.
+    def shorten(left, right):
         return matmul64(Qs[0].T, left), matmul64(Qs[1].T, right)
 
-    short_bases = shorten(*bases)  # `old` stays, as Q^T (beta eps_beta) = (Q^T beta) eps_beta
+    short_bases = shorten(*bases)
     short_new = {task: shorten(B, A_T) for task, (B, A_T) in new.items()}
-    short_bases, coefficients = merge_layer(short_bases, old, short_new, **rule)
-    beta = (Qs[0] @ short_bases[0]).to(bases[0])  # y -> x
-    alpha = (Qs[1] @ short_bases[1]).to(bases[1])
-    return (beta, alpha), coefficients
+    # 3. Merge.
+    (beta, alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
+    # 4. Go back: x = Q y.
+    merged_bases = (Qs[0] @ beta).to(bases[0]), (Qs[1] @ alpha).to(bases[1])
+    return merged_bases, coefficients
 
 
 # --- The share, which the phases fill
@@ -445,7 +456,7 @@ class Share:
         self.selected = selected
 
     def factors(self, layer, task):
-        """LoRA's (B (n, p), A (p, d)) of a task in a layer; None for no task, or without a ΔW there."""
+        """LoRA's (B (n, p), A (p, d)) of a task in a layer; None for no task, or no ΔW there."""
         if task is None:
             return None
         if task == self.learning:
@@ -535,7 +546,7 @@ class Share:
         # The paper has phi < k. Here k differs by layer and side: the largest counts.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
         max_k = max(sizes, default=0)
-        if type(phi) is not int or not (phi == 0 or 0 < phi < max_k):
+        if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
             raise ValueError(
                 f"phi is {phi!r}; it takes 0, or an integer below the largest k, {max_k}"
             )
@@ -559,8 +570,8 @@ class Share:
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]
-                parameters = nn.ParameterDict()  # in the order in which a new task has them
-                # copies, as a tensor that was made in inference mode cannot be trained
+                parameters = nn.ParameterDict()
+                # Copies, as a tensor that was made in inference mode cannot be trained.
                 parameters["eps_beta"] = eps_beta.clone()
                 parameters["eps_alpha"] = eps_alpha.clone()
                 start[layer] = parameters
@@ -579,8 +590,8 @@ class Share:
                     linear = attached[layer]
                     follow_weight(linear)  # the bases go to the weight's device
                     device = self.bases[layer][0].device
-                    # Copy them: backward takes no tensor that was made in inference mode.
-                    move_layer(self, layer, device)
+                    # There they become copies: backward takes no tensor made in inference mode.
+                    copy_layer_to(self, layer, device)
                     parameters.to(device)
                     linear.learned = parameters  # so that model.parameters() has them
                 # From these parameters `factors` makes B and A for `forward`.
@@ -705,6 +716,7 @@ class Share:
             for task, (eps_beta, eps_alpha) in found.items():
                 by_task[task] = eps_beta.to(beta), eps_alpha.to(alpha)
             coefficients[layer] = by_task
+        # A merge brings coefficients of all tasks, but records of the new ones: old energies stay.
         records = dict(self.records)
         for task, adapter in adapters.items():
             extras = {name: extra.detach().clone() for name, extra in adapter.extras.items()}
@@ -758,18 +770,18 @@ def squared_norm(adapter):
 def left_svd(X, rounding):
     """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
 
-    X X^T = U S² U^T, and X^T X = V S² V^T. The eigenvectors of the smaller of the two take up to 6
-    times less time than torch.linalg.svd. The price: S² has an error of 1e-16 of the largest S², so
-    S near 0 may come out as 1e-8 of the largest S, which is below ROUNDING; and a U that is made of
-    V is orthonormal only roughly where S is small.
+    They are made of the eigenvectors of the smaller of X X^T and X^T X, which takes up to 6 times
+    less time than torch.linalg.svd. The price: S² has an error of 1e-16 of the largest S², so that
+    an S near 0 may come out as 1e-8 of the largest S, which is below ROUNDING; and a U that is made
+    of V is orthonormal only roughly where S is small.
     """
-    is_wide = X.shape[0] <= X.shape[1]
-    squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)  # the smallest first
+    if X.shape[0] <= X.shape[1]:
+        squares, U = torch.linalg.eigh(X @ X.T)  # X X^T = U S² U^T, the smallest first
+    else:
+        squares, V = torch.linalg.eigh(X.T @ X)  # X^T X = V S² V^T
+        U = X @ V / squares.clamp_min(1e-300).sqrt()  # as X V = U S; where S is 0, left out below
     kept = squares > rounding**2
-    S = squares[kept].sqrt().flip(0)
-    vectors = vectors[:, kept].flip(1)
-    U = vectors if is_wide else X @ (vectors / S)  # if not, they are V, and X V = U S
-    return U, S
+    return U[:, kept].flip(1), squares[kept].sqrt().flip(0)
 
 
 def outside_of(basis, X):
@@ -780,8 +792,8 @@ def outside_of(basis, X):
 
 def add_directions(basis, columns):
     """A basis, and beside it the directions of columns that were projected to the outside of it."""
-    # Project again. The basis is rounded to float32, so that of a column that is 3e-6 outside, 8 %
-    # are still inside after one projection.
+    # Project again: the basis is float32, so that one projection leaves some of it in a column that
+    # was nearly inside.
     added = torch.linalg.qr(outside_of(basis, columns)).Q
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
@@ -814,18 +826,17 @@ def with_mean(basis, X, rounding):
     """
     mean = X.mean(dim=1, keepdim=True)
     missing = outside_of(basis, mean)
-    # The mean was subtracted from each of the m columns, so compare the norm of m copies.
+    # It was subtracted m times: the norm of a matrix with m such columns is √m that of one.
     if missing.norm() * X.shape[1] ** 0.5 <= rounding:
         return basis
     return add_directions(basis, missing)
 
 
 def update_pair(pair):
-    """Ours: (C, D) with C C^T = ΔW ΔW^T and D D^T = ΔW^T ΔW, in float64.
+    """Ours: (C, D): C has the left singular vectors and values of ΔW = B A, D the right; float64.
 
-    So C has the left singular vectors and values of ΔW = B A, however ΔW is split into B and A. B
-    has not: B M and M^-1 A give the same ΔW. With A^T = Q R we have ΔW = (B R^T) Q^T, and take
-    C = B R^T. D is the same for ΔW^T. They are for finding bases alone: C D^T is not ΔW.
+    B has not: B M and M^-1 A give the same ΔW. So take, with A^T = Q_A R_A, C = B R_A^T. As Q_A is
+    orthonormal, C C^T = B A A^T B^T = ΔW ΔW^T. Likewise D = A^T R_B^T. C D^T is not ΔW.
     """
     B, A_T = [side.double() for side in pair]
     R_B = torch.linalg.qr(B, mode="r").R
@@ -838,7 +849,7 @@ def bases_of_updates(pairs, variance, sizes):
     updates = [update_pair(pair) for pair in pairs.values()]
     bases = []
     for side in (0, 1):
-        # No mean is subtracted: C is one of many that differ by a rotation, and so in their means.
+        # No mean is subtracted. It says nothing: C is determined only up to a rotation of columns.
         X = side_by_side([update[side] for update in updates])
         basis = main_directions(X, ROUNDING * X.norm(), variance, sizes[side])
         dtype = next(iter(pairs.values()))[side].dtype
@@ -885,7 +896,7 @@ def grow_basis(basis, stack, variance, k):
     k: None adds as many as explain `variance` of that; else the basis grows up to k directions.
     """
     stack = stack.double()
-    outside = outside_of(basis, stack)
+    outside = outside_of(basis, stack)  # no mean is subtracted: all of this is to be held
     rounding = ROUNDING * stack.norm()  # of the whole stack: what is outside may be rounding alone
     if k is None:
         added = main_directions(outside, rounding, variance)
@@ -941,11 +952,10 @@ def moved_layers(task, start, trained):
 
 @contextlib.contextmanager
 def frozen(model):
-    """For a block no parameter of a model can train; afterwards requires_grad is as before.
+    """For a block no parameter of a model can train.
 
-    So are buffers in state_dict(), such as BatchNorm's statistics, as a block of `learn` changes
-    nothing but the task. Not so the other buffers, which are caches, and gradients, which are
-    dropped.
+    Afterwards requires_grad is as before, and so are the buffers in state_dict(), such as
+    BatchNorm's statistics. Other buffers are caches, and stay. Gradients are dropped.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -965,10 +975,11 @@ def frozen(model):
 
 def put_back(buffer, value):
     """Write a buffer, or leave it if PyTorch cannot write it."""
-    # In inference_mode any buffer can be written, also one that was made there. An expanded one,
-    # whose elements are one number in memory, cannot: it raises, and is left alone.
-    with torch.inference_mode(), contextlib.suppress(RuntimeError):
-        buffer.copy_(value)
+    try:
+        with torch.inference_mode():  # the only mode that can write a buffer that was made in it
+            buffer.copy_(value)
+    except RuntimeError:  # an expanded buffer, all of whose elements are one number in memory
+        pass
 
 
 def follow_weight(linear, inputs=()):
@@ -978,17 +989,17 @@ def follow_weight(linear, inputs=()):
     """
     device = linear.weight.device
     if device.type == "meta" and inputs:
-        # accelerate keeps an offloaded weight on meta until just after this hook. Guess that it
-        # comes to where the input is. A wrong guess is loud: the product in forward raises.
+        # accelerate has offloaded the weight, and loads it only after this hook. Guess: to where
+        # its input is. If not, forward raises.
         device = inputs[0].device
     if device.type == "meta":
-        return  # from attach or learn, without an input; the first forward knows more
+        return  # attach and learn have no input: the first forward will do it
     beta, _ = linear.share.bases[linear.layer]
     if beta.device != device:
-        move_layer(linear.share, linear.layer, device)
+        copy_layer_to(linear.share, linear.layer, device)
 
 
-def move_layer(share, layer, device):
+def copy_layer_to(share, layer, device):
     """Put copies of a layer's bases and coefficients on a device."""
     bases, coefficients, records = share.held
     basis_pair = tuple(basis.to(device, copy=True) for basis in bases[layer])

@@ -87,6 +87,14 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 
 
 # --- The data, the loss and the base model
+# What random numbers are for: 0, 1, … is training on that task, their number on all of them, and
+PRETRAINING, TESTS = 98, 99  # TESTS: the keys, too
+
+
+def new_generator(s, use):
+    return torch.Generator().manual_seed(100 * s.seed + use)
+
+
 def make_batch(generator, keys, tags=None):
     """Prompts for keys (b, 3), in clear or behind tags (b,): tokens (b, 15), answers (b, 12)."""
     message = torch.randint(LETTERS, (len(keys), MESSAGE), generator=generator)
@@ -137,7 +145,7 @@ def pretrain(s):
     torch.manual_seed(s.seed)
     model = ToyTransformer(2 * LETTERS + s.first + s.later, s.width, length=KEY + MESSAGE)
     model.to(DEVICE)
-    generator = torch.Generator().manual_seed(100 * s.seed + 98)  # see Experiment
+    generator = new_generator(s, PRETRAINING)
 
     def batch_in_clear(size):
         keys = torch.randint(LETTERS, (size, KEY), generator=generator)
@@ -195,14 +203,11 @@ def lora_adapter(model):
 
 # --- The experiment
 class Experiment:
-    """One seed: secret keys, test prompts, the pre-trained base, and a method for each row."""
+    """One seed: keys, tests, the pre-trained base, and how LoRA and Share learn the tasks."""
 
     def __init__(self, s):
         self.s = s
-        # A generator for each use, with the seed 100 * s.seed +
-        #   t for training on task t; the number of tasks for training on all of them;
-        #   98 for pre-training; 99 for the keys and tests.
-        generator = torch.Generator().manual_seed(100 * s.seed + 99)
+        generator = new_generator(s, TESTS)
         self.keys = torch.randint(LETTERS, (s.first + s.later, KEY), generator=generator)
         self.names = [f"task {t}" for t in range(len(self.keys))]
         tags = [torch.full((s.test,), t) for t in range(len(self.keys))]
@@ -213,7 +218,7 @@ class Experiment:
 
     def batches(self, t, steps):
         """Training prompts of task t."""
-        generator = torch.Generator().manual_seed(100 * self.s.seed + t)
+        generator = new_generator(self.s, t)
         tags = torch.full((self.s.batch,), t)
         for _ in range(steps):
             yield make_batch(generator, self.keys[tags], tags)
@@ -221,7 +226,7 @@ class Experiment:
     def mixed_batches(self, steps):
         """Training prompts, each of a task drawn at random."""
         tasks = len(self.keys)
-        generator = torch.Generator().manual_seed(100 * self.s.seed + tasks)
+        generator = new_generator(self.s, tasks)
         for _ in range(steps):
             tags = torch.randint(tasks, (self.s.batch,), generator=generator)
             yield make_batch(generator, self.keys[tags], tags)
@@ -254,7 +259,7 @@ class Experiment:
             learned.append(accuracy(model, self.tests[t]))
             matrix.append(self.matrix_row(learned))
             report(method, t, loss, [learned[t]])
-        return adapters, row_of_matrix(matrix, trained, len(matrix) * trained)
+        return adapters, row_of_matrix(matrix, trained, stored=len(matrix) * trained)
 
     def lora_sequential(self):
         """One LoRA, trained through the tasks."""
@@ -266,23 +271,22 @@ class Experiment:
             learned = self.accuracies(model, t + 1)
             matrix.append(self.matrix_row(learned))
             report("lora_sequential", t, loss, learned)
-        return row_of_matrix(matrix, trained, trained)
+        return row_of_matrix(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Learn task t: train its coefficients (phase 2) and, if phi > 0, merge it (phase 3).
+        """Learn task t. Returns the last loss, and how many numbers were trained.
 
-        With phi > 0 each basis has phi temporary columns beside it, which are trained with the
-        coefficients: B = [beta, columns] eps_beta with eps_beta (k + phi, p). Then they are merged:
+        phi = 0, phase 2: eps_beta and eps_alpha, of p columns, are trained.
+        phi > 0, and phase 3: phi columns C beside each basis are trained, too. B is then
+        [beta, C] eps_beta with eps_beta (k + phi, p), and A likewise. At the end the task is merged into the bases:
 
         grow=True   ours: directions are added to the bases; earlier tasks stay as they are
         grow=False  the paper's: all tasks make new bases; earlier tasks may lose
-
-        Returns the last loss, and how many numbers were trained.
         """
         s = self.s
         seed = 100 * s.seed + t
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
-            # Here only the coefficients (and temporary columns) require gradients.
+            # Here only the coefficients, and C, require gradients.
             loss, trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
         return loss, trained  # on leaving the block the task was stored and, if phi > 0, merged
 
@@ -668,9 +672,10 @@ def svg(methods, seed):
     """The accuracy matrices of lora_sequential and share side by side, as heat maps."""
     cell, margin, gap, top = 20, 60, 80, 60  # a cell's side; the room left, between, above
     side = cell * len(methods["share"]["accuracy_matrix"])
+    high = max(side, 200)  # room for the words at the side
     wide = max(side, 240)  # room for the words
     second = margin + wide + gap  # where Share's matrix begins
-    size = f"{second + wide + cell} {top + side + 40}"
+    size = f"{second + wide + cell} {top + high + 40}"
     style = "text { font: 14px sans-serif; fill: #1f2328 } rect { fill: #2f7fd8; stroke: #8888 } "
     style += "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } rect { fill: #58a6ff } }"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">'
@@ -693,11 +698,21 @@ def svg(methods, seed):
 
 
 # --- PEFT's files
-# Options of PEFT (up to 0.21) that a plain LoRA does not have; an adapter with one set is refused:
-PEFT_VARIANTS = ["use_dora", "lora_bias", "use_qalora", "use_bdlora"]  # another forward pass
-PEFT_VARIANTS += ["arrow_config", "kasa_config", "monteclora_config"]  # the same
-PEFT_VARIANTS += ["target_parameters", "trainable_token_indices"]  # weights not of an nn.Linear
-PEFT_VARIANTS += ["alora_invocation_tokens", "layer_replication"]  # some tokens alone; more layers
+# Options of LoraConfig (PEFT 0.21) with which a layer is not W0 x + scaling B A x, and how so. An
+# adapter with one of them set is refused.
+PEFT_VARIANTS = {
+    "use_dora": "another forward pass",
+    "lora_bias": "another forward pass",
+    "use_qalora": "another forward pass",
+    "use_bdlora": "another forward pass",
+    "arrow_config": "another forward pass",
+    "kasa_config": "another forward pass",
+    "monteclora_config": "another forward pass",
+    "target_parameters": "weights that are not of an nn.Linear",
+    "trainable_token_indices": "weights that are not of an nn.Linear",
+    "alora_invocation_tokens": "some tokens only",
+    "layer_replication": "more layers",
+}
 # Values of init_lora_weights that leave W0 as it is; pissa, for one, changes it:
 PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # What `save_peft` leaves out: how training started; ranks, scalings, layers, which it writes anew.
@@ -900,9 +915,12 @@ def whitening(residuals):
 
 
 def average(share, tasks, name, p=None):
-    """A new task: the best rank-p fit to the mean of the tasks' ΔW (p None: all of it)."""
-    # The mean of coefficients would be wrong: (B, A) and (-B, -A) are the same ΔW. Of the ΔW it is
-    # [B1 B2 …] / n times [A1; A2; …] = (B1 A1 + B2 A2 + …) / n.
+    """A new task: the best rank-p fit to the mean of the tasks' ΔW (p None: all of it).
+
+    Coefficients cannot be averaged, as (B, A) and (-B, -A) are the same ΔW. But the mean of ΔW is
+
+        (B1 A1 + B2 A2 + … + Bn An) / n = [B1 B2 … Bn] / n times [A1; A2; …; An]
+    """
     adapters = [share.reconstruct(task) for task in tasks]
     factors = {}
     for layer in share.layers:
