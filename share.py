@@ -779,7 +779,8 @@ def left_svd(X, rounding):
         squares, U = torch.linalg.eigh(X @ X.T)  # X X^T = U S² U^T, the smallest first
     else:
         squares, V = torch.linalg.eigh(X.T @ X)  # X^T X = V S² V^T
-        U = X @ V / squares.clamp_min(1e-300).sqrt()  # as X V = U S; where S is 0, left out below
+        S = squares.clamp_min(1e-300).sqrt()  # those near 0 are left out below
+        U = X @ (V / S)  # as X V = U S
     kept = squares > rounding**2
     return U[:, kept].flip(1), squares[kept].sqrt().flip(0)
 
