@@ -27,10 +27,9 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 
 share.bases is {layer: (beta, alpha)}, share.coefficients {layer: {task: (eps_beta, eps_alpha)}}.
 Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Most of
-ours is optional. Three things are on by default:
-- Phase 1 subtracts the mean of the columns before it looks for directions, as in the paper, and
-  then adds the mean's direction (with_mean).
-- A merge keeps the size of a basis that would get smaller (step 4 of merge_layer).
+ours is optional. Three departures from the paper are on by default:
+- A basis also holds the direction of the mean, which phase 1 subtracts first (with_mean).
+- A merge does not make a basis smaller (keep_sizes).
 - `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
 """
 
@@ -141,10 +140,10 @@ def build_layer(pairs, variance, sizes, stacking):
 def build_basis(stack, variance=0.6, k=None):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    By default, the paper's: the fewest that explain `variance` of the columns minus their mean.
-    Ours: and the mean's direction, as `project` does not subtract the mean.
-    With k, ours: the first k directions of the columns as they are, which lose least when these are
-    projected; or fewer, if their rank is lower.
+    k=None  the paper's: the fewest that explain `variance` of the columns minus their mean;
+            and, ours, the mean's direction, as `project` does not subtract the mean.
+    k       ours: the first k directions of the columns as they are, or as many as their rank.
+
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_stack(stack, variance, k)
@@ -165,14 +164,15 @@ def build_basis(stack, variance=0.6, k=None):
 def main_directions(X, rounding, variance=None, k=None):
     """The first left singular vectors (n, k) of X (n, m): k, or the fewest that explain `variance`.
 
-    Those with a singular value up to rounding are left out.
+    Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
     U, S = left_svd(X, rounding)
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
-        too_few = explained < variance - 1e-13  # 1e-13: the sums are rounded
+        # The sums are off by 1e-15 or so, and the least direction explains ROUNDING² = 1e-12. 1e-13
+        # lies between, so that a variance of 1.0 takes all directions.
+        too_few = explained < variance - 1e-13
         k = int(too_few.sum()) + 1
-    # U has fewer columns if the rank is lower: none if X is 0.
     return torch.linalg.qr(U[:, :k]).Q  # QR, as left_svd's U is orthonormal only roughly
 
 
@@ -214,8 +214,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
-    phi: temporary columns beside each basis; 0, or less than the largest k. More than p bring
-    nothing, as B = [beta, columns] eps_beta has only p columns. After the block the task is merged,
+    phi: temporary columns beside each basis; 0, or less than the largest k. More than p are of no
+    use: B has p columns, and reaches at most p directions outside of beta. Afterwards it is merged,
         grow=False  by the paper's phase 3, which may lose much of it, see `retained`;
         grow=True   by ours, the default, which adds directions to the bases and loses nothing.
     finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
@@ -223,18 +223,17 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     # 1. Start: random coefficients and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; step 3 compares it with the start
-    # 2. The caller's loop trains the copy, and all else is frozen. The way of the gradients:
-    #    loss -> ShareLinear.forward -> Share.factors -> learned_factors -> trained
+    # 2. The caller's loop trains the copy, and all else is frozen. In the block ShareLinear.forward
+    #    takes learned_factors(bases, trained[layer]) as B and A: so the loss has gradients there.
     with share._training(model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
-    # 3. Drop the layers that the loss never reached: there the task would be its random start.
+    # 3. Keep the layers that were trained. One that the loss never reached is at its random start.
     ends = moved_layers(task, start, trained)
-    # 4. Without temporary columns keep the coefficients.
     if phi == 0:
         share._keep(task, ends)
         return
-    # 5. With them, these are coefficients in wider bases, [beta, columns_beta]. But their product
-    #    B A is a finished adapter, which phase 3 takes in.
+    # 4. With temporary columns the coefficients do not fit the bases. But B and A are those of a
+    #    finished adapter: merge it, by phase 3.
     factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
     new = {task: Adapter(factors)}
     if grow:  # ours: the bases get all that the adapter has outside of them, and nothing is lost
@@ -282,8 +281,8 @@ def learned_factors(bases, parameters):
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
 
-    All bases are made anew, so that earlier tasks may change. A basis keeps its size at least,
-    unless its tasks no longer span it. variance: see `build_basis`; None takes the share's. k: in
+    All bases are made anew, so that earlier tasks may change. variance: see `build_basis`; None
+    takes the share's. By it no basis gets smaller, unless its tasks have a lower rank by now. k: in
     place of it, a size, which may be smaller.
     grow=True (ours): bases and earlier tasks stay. Each new adapter adds directions that explain
     `variance` of what it has outside the bases; or, with k, until a basis has k.
@@ -299,7 +298,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, (k, k), share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # the paper's: this has the result of merge_layer, below
+        else:  # the paper's: merge_layer, below, with shorter columns
             merged = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
@@ -318,29 +317,37 @@ def merge_layer(bases, old, new, variance, k, stacking):
     # 2. Put the new ones beside them.
     pairs.update(new)
     # 3. Phase 1 again.
-    new_bases, coefficients = build_layer(pairs, variance, (k, k), stacking)
-    if k is not None:
-        return new_bases, coefficients
-    # 4. Ours: if a basis got smaller, the usual case, make it anew with its old size. Else each
-    #    merge would keep, say, 60 % of the 60 % that the last one has kept. With a size build_basis
-    #    takes the columns as they are: no mean is subtracted, and none added.
+    merged = build_layer(pairs, variance, (k, k), stacking)
+    if k is None:  # ours: no basis gets smaller
+        merged = keep_sizes(merged, bases, pairs, variance, stacking)
+    return merged
+
+
+# --- Part 2, everything else. Behind merge
+def keep_sizes(merged, bases, pairs, variance, stacking):
+    """Ours: merged, or phase 1 again with the old size of a basis that got smaller.
+
+    By variance alone each merge would keep, say, 60 % of the 60 % that the last one has kept. So it
+    is usual where few adapters are merged into many. With a size `build_basis` takes the columns as
+    they are: it neither subtracts nor adds the mean. The other basis comes out as it was.
+    """
+    new_bases, _ = merged
     sizes = [None, None]
     for side in (0, 1):
         if new_bases[side].shape[1] < bases[side].shape[1]:
             sizes[side] = bases[side].shape[1]
-    if sizes != [None, None]:
-        new_bases, coefficients = build_layer(pairs, variance, sizes, stacking)
-    return new_bases, coefficients
+    if sizes == [None, None]:
+        return merged
+    return build_layer(pairs, variance, sizes, stacking)
 
 
-# --- Part 2, everything else. Phase 3, faster
 def fast_merge_layer(bases, old, new, **rule):
     """merge_layer(bases, old, new, **rule) by columns of q numbers in place of n.
 
-    Each column x that merge_layer sees lies in the span of the old basis and the new factors. Let
-    Q (n, q) be an orthonormal basis of that span. Then x = Q y with y = Q^T x, and the y have the
-    inner products of the x. So they have the same singular values, and their directions times Q are
-    those of the x, up to signs.
+    All columns that it sees lie in the span of the old basis and the new factors. Let Q (n, q) be
+    an orthonormal basis of that. Their matrix is X = Q Y with Y = Q^T X. If Y = U S V^T, then X is
+    (Q U) S V^T: with the same S, its basis is Q U, and its coefficients are (Q U)^T X = U^T Y. (Its
+    mean is Q times that of Y. The signs of directions may differ.)
     """
     # 1. Find Q for each side.
     Qs = []
@@ -366,7 +373,7 @@ def fast_merge_layer(bases, old, new, **rule):
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
-    # The functions of Part 1 become methods. What they call share is self.
+    # Functions of Part 1 become methods; on the right is the function. What it calls share is self.
     from_adapters = classmethod(from_adapters)
     learn = learn
     merge = merge
@@ -588,9 +595,10 @@ class Share:
             try:
                 for layer, parameters in trained.items():
                     linear = attached[layer]
-                    follow_weight(linear)  # the bases go to the weight's device
-                    device = self.bases[layer][0].device
-                    # There they become copies: backward takes no tensor made in inference mode.
+                    device = linear.weight.device
+                    if device.type == "meta":  # offloaded for now
+                        device = self.bases[layer][0].device
+                    # Copies, as backward takes no tensor that was made in inference mode.
                     copy_layer_to(self, layer, device)
                     parameters.to(device)
                     linear.learned = parameters  # so that model.parameters() has them
@@ -608,8 +616,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Take in trained coefficients, {layer: {"eps_beta", "eps_alpha"}}."""
-        # _store records ‖ΔW‖² over all layers. A fine-tuned task may have moved in some of them, so
-        # start from its whole adapter, and replace the factors that have moved.
+        # A fine-tuned task keeps its extras, its config and the layers that have not moved. So start
+        # from its old adapter. A new task has none.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -770,10 +778,10 @@ def squared_norm(adapter):
 def left_svd(X, rounding):
     """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
 
-    They are made of the eigenvectors of the smaller of X X^T and X^T X, which takes up to 6 times
-    less time than torch.linalg.svd. The price: S² has an error of 1e-16 of the largest S², so that
-    an S near 0 may come out as 1e-8 of the largest S, which is below ROUNDING; and a U that is made
-    of V is orthonormal only roughly where S is small.
+    It is torch.linalg.svd, up to 6 times faster: by the eigenvectors of the smaller of X X^T and
+    X^T X. Squaring costs digits, and two things follow:
+    - An S below 1e-8 of the largest is noise. ROUNDING (1e-6) lies above it and cuts it off.
+    - Where S is small, a U made of V is orthonormal only roughly. main_directions mends it.
     """
     if X.shape[0] <= X.shape[1]:
         squares, U = torch.linalg.eigh(X @ X.T)  # X X^T = U S² U^T, the smallest first
@@ -793,8 +801,8 @@ def outside_of(basis, X):
 
 def add_directions(basis, columns):
     """A basis, and beside it the directions of columns that were projected to the outside of it."""
-    # Project again: the basis is float32, so that one projection leaves some of it in a column that
-    # was nearly inside.
+    # Project again: the basis is float32, so orthonormal to 1e-7, and so is the first result. Of a
+    # column that was inside but for 1e-6 this error is a visible part.
     added = torch.linalg.qr(outside_of(basis, columns)).Q
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
@@ -827,17 +835,21 @@ def with_mean(basis, X, rounding):
     """
     mean = X.mean(dim=1, keepdim=True)
     missing = outside_of(basis, mean)
-    # It was subtracted m times: the norm of a matrix with m such columns is √m that of one.
+    # Each of the m columns misses this, which has the norm √m ‖missing‖ as a matrix.
     if missing.norm() * X.shape[1] ** 0.5 <= rounding:
         return basis
     return add_directions(basis, missing)
 
 
 def update_pair(pair):
-    """Ours: (C, D): C has the left singular vectors and values of ΔW = B A, D the right; float64.
+    """Ours: (C, D) with the left and with the right singular vectors and values of ΔW = B A.
 
-    B has not: B M and M^-1 A give the same ΔW. So take, with A^T = Q_A R_A, C = B R_A^T. As Q_A is
-    orthonormal, C C^T = B A A^T B^T = ΔW ΔW^T. Likewise D = A^T R_B^T. C D^T is not ΔW.
+    B itself is not unique: B M and M^-1 A have the same ΔW. C and D depend on ΔW alone:
+
+        A^T = Q_A R_A, so that ΔW = B R_A^T Q_A^T. With C = B R_A^T, C C^T = ΔW ΔW^T.
+        B = Q_B R_B, so that ΔW = Q_B R_B A. With D = A^T R_B^T, D D^T = ΔW^T ΔW.
+
+    They are for finding bases, in float64. C D^T is not ΔW.
     """
     B, A_T = [side.double() for side in pair]
     R_B = torch.linalg.qr(B, mode="r").R
@@ -850,7 +862,7 @@ def bases_of_updates(pairs, variance, sizes):
     updates = [update_pair(pair) for pair in pairs.values()]
     bases = []
     for side in (0, 1):
-        # No mean is subtracted. It says nothing: C is determined only up to a rotation of columns.
+        # No mean is subtracted: C is determined only up to a rotation of columns, so is their mean.
         X = side_by_side([update[side] for update in updates])
         basis = main_directions(X, ROUNDING * X.norm(), variance, sizes[side])
         dtype = next(iter(pairs.values()))[side].dtype
@@ -861,8 +873,9 @@ def bases_of_updates(pairs, variance, sizes):
 def side_by_side(matrices):
     """Matrices (n, r) as one (n, m), each divided by its norm: all tasks weigh the same."""
     norms = torch.stack([matrix.norm() for matrix in matrices])
-    # A matrix far smaller than the largest may be rounding alone, which must not become large.
-    norms = norms.clamp_min(ROUNDING * norms.max() + 1e-300)  # 1e-300: no 0 / 0 if all are 0
+    # A matrix far smaller than the largest may be rounding, which has to stay small.
+    floor = ROUNDING * norms.max() + 1e-300  # 1e-300: if all are 0, 0 / 1e-300 is 0
+    norms = norms.clamp_min(floor)
     scaled = [matrix / norm for matrix, norm in zip(matrices, norms, strict=True)]
     return torch.cat(scaled, dim=1)
 
@@ -939,8 +952,8 @@ def moved_layers(task, start, trained):
         end = {}
         for name, parameter in parameters.items():
             now = parameter.detach()
-            if hasattr(now, "full_tensor"):  # `fully_shard` has split it
-                now = now.full_tensor()
+            if hasattr(now, "full_tensor"):  # fully_shard, called in the block, has split it
+                now = now.full_tensor()  # every process has to come here
             end[name] = now.clone()
         # .to: the caller may have moved the model to another device, or cast it
         same = [torch.equal(start[layer][name].to(value), value) for name, value in end.items()]
@@ -990,11 +1003,11 @@ def follow_weight(linear, inputs=()):
     """
     device = linear.weight.device
     if device.type == "meta" and inputs:
-        # accelerate has offloaded the weight, and loads it only after this hook. Guess: to where
-        # its input is. If not, forward raises.
+        # accelerate loads an offloaded weight after this hook, inside forward. It does not tell where
+        # to; we assume, to the device of the input. If that is wrong, forward raises.
         device = inputs[0].device
     if device.type == "meta":
-        return  # attach and learn have no input: the first forward will do it
+        return  # attach has no input: the first forward comes here again
     beta, _ = linear.share.bases[linear.layer]
     if beta.device != device:
         copy_layer_to(linear.share, linear.layer, device)
@@ -1103,6 +1116,7 @@ def write_whole(path, content):
 #   which keeps the layers.
 # - detach(model, task) makes new Parameters. Make the optimizer after it.
 # - A deep copy of a model has a deep copy of the share: model.get_submodule(layer).share.
+# - Apple's MPS has no float64: build, merge and add on the CPU, and then move the model.
 # - PEFT: of a live model with plain LoRA take B = lora_B.weight * layer.scaling[name] and
 #   A = lora_A.weight. Attach to the model that unload() returns, not to the PeftModel.
 # Selecting

@@ -278,7 +278,7 @@ class Experiment:
 
         phi = 0, phase 2: eps_beta and eps_alpha, of p columns, are trained.
         phi > 0, and phase 3: phi columns C beside each basis are trained, too. B is then
-        [beta, C] eps_beta with eps_beta (k + phi, p), and A likewise. At the end the task is merged:
+        [beta, C] eps_beta with eps_beta (k + phi, p); A likewise. At the end the task is merged:
 
         grow=True   ours: directions are added to the bases; earlier tasks stay as they are
         grow=False  the paper's: all tasks make new bases; earlier tasks may lose
