@@ -616,7 +616,7 @@ class Share:
 
     def _keep(self, task, ends):
         """Take in trained coefficients, {layer: {"eps_beta", "eps_alpha"}}."""
-        # A fine-tuned task keeps its extras, its config and the layers that have not moved. So start
+        # A fine-tuned task keeps its extras, its config and the layers that have not moved, so start
         # from its old adapter. A new task has none.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
@@ -1003,8 +1003,8 @@ def follow_weight(linear, inputs=()):
     """
     device = linear.weight.device
     if device.type == "meta" and inputs:
-        # accelerate loads an offloaded weight after this hook, inside forward. It does not tell where
-        # to; we assume, to the device of the input. If that is wrong, forward raises.
+        # accelerate loads an offloaded weight after this hook, inside forward. It does not tell to
+        # which device; we assume, to that of the input. If this is wrong, forward raises.
         device = inputs[0].device
     if device.type == "meta":
         return  # attach has no input: the first forward comes here again
