@@ -616,8 +616,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Take in trained coefficients, {layer: {"eps_beta", "eps_alpha"}}."""
-        # A fine-tuned task keeps its extras, its config and the layers that have not moved, so start
-        # from its old adapter. A new task has none.
+        # A fine-tuned task keeps extras, config and the layers that have not moved: they come from
+        # its old adapter. A new task has none.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
