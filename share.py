@@ -215,7 +215,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
 
     p: columns of the coefficients. sigma, seed: of their random start.
     phi: temporary columns beside each basis; 0, or less than the largest k. More than p are of no
-    use: B has p columns, and reaches at most p directions outside of beta. Afterwards it is merged,
+    use: B has p columns, and reaches p directions outside of beta. Afterwards the task is merged,
         grow=False  by the paper's phase 3, which may lose much of it, see `retained`;
         grow=True   by ours, the default, which adds directions to the bases and loses nothing.
     finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
@@ -327,9 +327,9 @@ def merge_layer(bases, old, new, variance, k, stacking):
 def keep_sizes(merged, bases, pairs, variance, stacking):
     """Ours: merged, or phase 1 again with the old size of a basis that got smaller.
 
-    By variance alone each merge would keep, say, 60 % of the 60 % that the last one has kept. So it
-    is usual where few adapters are merged into many. With a size `build_basis` takes the columns as
-    they are: it neither subtracts nor adds the mean. The other basis comes out as it was.
+    By variance alone each merge would keep, say, 60 % of the 60 % that the last one has kept. A
+    smaller basis is usual where few adapters are merged into many. With a size `build_basis` takes
+    the columns as they are: it neither subtracts nor adds the mean. The other basis is as it was.
     """
     new_bases, _ = merged
     sizes = [None, None]
@@ -373,10 +373,11 @@ def fast_merge_layer(bases, old, new, **rule):
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
-    # Functions of Part 1 become methods; on the right is the function. What it calls share is self.
-    from_adapters = classmethod(from_adapters)
+    # Functions of Part 1 become methods; on the right of each = is the function. What it calls
+    # share is self. They leave inference_mode, as a tensor made in it can never be trained.
+    from_adapters = classmethod(torch.inference_mode(False)(from_adapters))
     learn = learn
-    merge = merge
+    merge = torch.inference_mode(False)(merge)
 
     def __init__(self, variance=0.6, stack="factors"):
         check_numbers(variance)
@@ -520,6 +521,7 @@ class Share:
         return model
 
     # --- Ours: a task more, a task less
+    @torch.inference_mode(False)
     def add(self, task, adapter, p=None):
         """Project one more task onto the bases; what is outside is lost. p: see `from_adapters`."""
         check_numbers(p=p)
@@ -578,9 +580,8 @@ class Share:
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]
                 parameters = nn.ParameterDict()
-                # Copies, as a tensor that was made in inference mode cannot be trained.
-                parameters["eps_beta"] = eps_beta.clone()
-                parameters["eps_alpha"] = eps_alpha.clone()
+                parameters["eps_beta"] = eps_beta  # `learn` trains a copy
+                parameters["eps_alpha"] = eps_alpha
                 start[layer] = parameters
         return start
 
@@ -595,12 +596,10 @@ class Share:
             try:
                 for layer, parameters in trained.items():
                     linear = attached[layer]
-                    device = linear.weight.device
-                    if device.type == "meta":  # offloaded for now
-                        device = self.bases[layer][0].device
-                    # Copies, as backward takes no tensor that was made in inference mode.
-                    copy_layer_to(self, layer, device)
-                    parameters.to(device)
+                    follow_weight(
+                        linear
+                    )  # the bases go to the weight's device, the parameters to theirs
+                    parameters.to(self.bases[layer][0].device)
                     linear.learned = parameters  # so that model.parameters() has them
                 # From these parameters `factors` makes B and A for `forward`.
                 self.trained = trained
@@ -667,6 +666,7 @@ class Share:
         write_whole(path, safetensors.torch.save(tensors))
 
     @classmethod
+    @torch.inference_mode(False)
     def load(cls, path):
         """Read what `save` wrote. ValueError for another file, or where one bit has changed."""
         raw = Path(path).read_bytes()  # in one go: another process may replace the file
@@ -844,7 +844,7 @@ def with_mean(basis, X, rounding):
 def update_pair(pair):
     """Ours: (C, D) with the left and with the right singular vectors and values of ΔW = B A.
 
-    B itself is not unique: B M and M^-1 A have the same ΔW. C and D depend on ΔW alone:
+    B itself is not unique: B M and M^-1 A have the same ΔW. C C^T and D D^T depend on ΔW alone:
 
         A^T = Q_A R_A, so that ΔW = B R_A^T Q_A^T. With C = B R_A^T, C C^T = ΔW ΔW^T.
         B = Q_B R_B, so that ΔW = Q_B R_B A. With D = A^T R_B^T, D D^T = ΔW^T ΔW.
@@ -858,11 +858,11 @@ def update_pair(pair):
 
 
 def bases_of_updates(pairs, variance, sizes):
-    """Ours: the bases of one layer, as `build_layer` makes them with "updates"."""
+    """Ours, for "updates": main directions of the tasks' C's, and of their D's, of norm 1 each."""
     updates = [update_pair(pair) for pair in pairs.values()]
     bases = []
     for side in (0, 1):
-        # No mean is subtracted: C is determined only up to a rotation of columns, so is their mean.
+        # No mean is subtracted: C is determined up to a rotation of columns, their mean is not.
         X = side_by_side([update[side] for update in updates])
         basis = main_directions(X, ROUNDING * X.norm(), variance, sizes[side])
         dtype = next(iter(pairs.values()))[side].dtype
@@ -1007,19 +1007,20 @@ def follow_weight(linear, inputs=()):
         # which device; we assume, to that of the input. If this is wrong, forward raises.
         device = inputs[0].device
     if device.type == "meta":
-        return  # attach has no input: the first forward comes here again
+        return  # attach has no input, and learn has none: the first forward comes here again
     beta, _ = linear.share.bases[linear.layer]
     if beta.device != device:
-        copy_layer_to(linear.share, linear.layer, device)
+        move_layer(linear.share, linear.layer, device)
 
 
-def copy_layer_to(share, layer, device):
-    """Put copies of a layer's bases and coefficients on a device."""
+@torch.inference_mode(False)
+def move_layer(share, layer, device):
+    """Move a layer's bases and coefficients to a device."""
     bases, coefficients, records = share.held
-    basis_pair = tuple(basis.to(device, copy=True) for basis in bases[layer])
+    basis_pair = tuple(basis.to(device) for basis in bases[layer])
     by_task = {}
     for task, eps in coefficients[layer].items():
-        by_task[task] = tuple(side.to(device, copy=True) for side in eps)
+        by_task[task] = tuple(side.to(device) for side in eps)
     share.held = bases | {layer: basis_pair}, coefficients | {layer: by_task}, records
 
 
@@ -1116,7 +1117,8 @@ def write_whole(path, content):
 #   which keeps the layers.
 # - detach(model, task) makes new Parameters. Make the optimizer after it.
 # - A deep copy of a model has a deep copy of the share: model.get_submodule(layer).share.
-# - Apple's MPS has no float64: build, merge and add on the CPU, and then move the model.
+# - Apple's MPS has no float64: to build, add, merge, learn with phi > 0 or detach(model, task), move
+#   the model, and so the share, to the CPU first.
 # - PEFT: of a live model with plain LoRA take B = lora_B.weight * layer.scaling[name] and
 #   A = lora_A.weight. Attach to the model that unload() returns, not to the PeftModel.
 # Selecting
@@ -1142,9 +1144,10 @@ def write_whole(path, content):
 # - A layer that the loss does not reach is no part of the task, unless something else moves its
 #   parameters, such as weight decay, or a cast to half and back.
 # - Learn in one thread at a time. To serve meanwhile, learn on copy.deepcopy((model, share)), then
-#   share.add(task, copied.reconstruct(task)). Use such a copy for trials with phi > 0, too: their
-#   columns stay in the bases even after remove.
-# - While one thread changes a share, others may use and save it, but not change it.
+#   share.add(task, copied.reconstruct(task)) or, with phi > 0, share.merge({task: …}, grow=True).
+#   Use such a copy for trials with phi > 0: their columns stay in the bases even after remove.
+# - While one thread changes a share, others may use and save it, but not change it. The first
+#   forward on another device changes it, too, as its numbers move.
 
 
 # --- A toy

@@ -214,6 +214,17 @@ def test_a_merge_makes_a_basis_smaller_only_if_asked_to():
     assert sizes(share) == [2, 2, 2, 2]
 
 
+@cases("rule, k", ({"k": 1}, 1), ({"variance": 1.0}, 4), ({}, 2))
+def test_a_new_layer_is_made_by_the_rule_of_its_merge(rule, k):
+    share = Share.from_adapters(make_adapters("a"), variance=0.5)
+    flat = (
+        9 * torch.eye(9)[:, :4].double()
+    )  # four directions of equal weight, one of them the mean's
+    flat = torch.cat([flat, -flat], 1)
+    share.merge({"b": Adapter({"new": (flat, flat.T)})}, **rule)
+    assert [basis.shape[1] for basis in share.bases["new"]] == [k, k]
+
+
 # --- Worked examples: the same laws in small numbers
 def test_example_the_best_rank_1_fit_is_not_the_first_column():
     delta = torch.tensor([[2.0, 1.0], [1.0, 2.0]])  # singular values 3 and 1, along (1, ±1)
@@ -724,6 +735,8 @@ def test_a_share_made_in_any_context_is_exact_and_trains(context, tmp_path):
         for settings in ({"task": "a", "finetune": True}, {"task": "new"}):
             losses = train_coefficients(made, model, batches=x, loss_fn=square_loss, **settings)
             assert losses[-1] < losses[0]
+        made.select(["a", None] * 8)
+        model(x[0].requires_grad_()).sum().backward()  # a mixed batch, too, can be trained through
 
 
 def test_half_precision_adapters_make_a_float32_share():
@@ -1088,6 +1101,15 @@ def test_a_layer_that_the_loss_never_reached_is_no_part(stack, phi):
     share.merge(make_adapters("c", shapes={"first": SHAPES["first"]}))
     assert_all_equal(share.bases["second"], before.bases["second"])
     assert_all_equal(share.coefficients["second"], before.coefficients["second"])
+
+
+def test_a_cast_in_the_block_moves_no_layer():
+    share, model = attached(dtype=torch.float32)
+    with share.learn(model, "new") as parameters:
+        model.to(torch.bfloat16)
+        fit(model.first, parameters[:2], batch(torch.bfloat16), 20)
+    assert "first" in share.reconstruct("new").factors
+    assert "second" not in share.reconstruct("new").factors
 
 
 def test_what_would_break_a_block_is_refused_and_it_goes_on():
@@ -1732,6 +1754,9 @@ def test_a_router_is_worked_out_by_hand():
     assert router.route(x) == ["a", None, "a", "b", None, None]
     assert not router.means.requires_grad
     assert Router.fit({"a": features["a"]}).radius == pytest.approx(1.0)
+    for constant in (torch.zeros(2, 1), torch.zeros(2, 2)):  # a feature, or all of them
+        flat = torch.cat([features["a"], constant], 1)[:, -2:]
+        assert Router.fit({"a": flat}).radius < float("inf")
 
 
 @variants(apart=[0.5, 3.0, 30.0])
@@ -1795,6 +1820,9 @@ def test_share_breaks_even_when_lora_for_each_task_stores_more():
     methods = {"share": share, "lora": {"trained_per_task": 30}}  # 100 + 10 t < 30 t from 6 on
     assert train.break_even(methods, "lora", first=2) == 6
     assert train.break_even(methods, "lora", first=8) == 8
+    for trained in (10, 9):
+        methods["lora"]["trained_per_task"] = trained
+        assert train.break_even(methods, "lora", first=2) is None
 
 
 def test_the_key_is_added_to_the_message_over_and_over():

@@ -8,7 +8,7 @@ them, eps_beta and eps_alpha (k, p), which give its change of the layer's weight
     phase 1  makes the bases from LoRA adapters of the first tasks   Share.from_adapters, in compare
     phase 2  trains the coefficients of each later task              share.learn, in learn_task
     phase 3  is optional: phase 2 may also train phi temporary       share.learn with phi > 0,
-             columns beside each basis, which are merged into it     of other_rows
+             columns beside each basis, which are merged into it     in other_rows
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -87,8 +87,8 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 
 
 # --- The data, the loss and the base model
-# What random numbers are for: 0, 1, … is training on that task, their number on all of them, and
-PRETRAINING, TESTS = 98, 99  # TESTS: the keys, too
+# Uses of random numbers: t is training on task t, the number of tasks is training on all of them.
+PRETRAINING, TESTS = 98, 99  # TESTS has the keys, too
 
 
 def new_generator(s, use):
@@ -866,7 +866,7 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-        within   98 % of the samples are at most this far from the mean of their task
+        within   98 % of the samples are at most this far from the mean of the others of their task
         between  98 % of the samples are at least this far from the nearest other task's mean
         radius   half-way between the two, but at least within; with one task within
         """
