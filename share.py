@@ -784,13 +784,18 @@ def left_svd(X, rounding):
     - Where S is small, a U made of V is orthonormal only roughly. main_directions mends it.
     """
     if X.shape[0] <= X.shape[1]:
-        squares, U = torch.linalg.eigh(X @ X.T)  # X X^T = U S² U^T, the smallest first
+        S, U = singular(X @ X.T, rounding)  # X X^T = U S² U^T
     else:
-        squares, V = torch.linalg.eigh(X.T @ X)  # X^T X = V S² V^T
-        S = squares.clamp_min(1e-300).sqrt()  # those near 0 are left out below
+        S, V = singular(X.T @ X, rounding)  # X^T X = V S² V^T
         U = X @ (V / S)  # as X V = U S
+    return U, S
+
+
+def singular(gram, rounding):
+    """S (r), the largest first, without those up to rounding, and the eigenvectors of S²."""
+    squares, vectors = torch.linalg.eigh(gram)  # the smallest first
     kept = squares > rounding**2
-    return U[:, kept].flip(1), squares[kept].sqrt().flip(0)
+    return squares[kept].sqrt().flip(0), vectors[:, kept].flip(1)
 
 
 def outside_of(basis, X):
@@ -1117,8 +1122,8 @@ def write_whole(path, content):
 #   which keeps the layers.
 # - detach(model, task) makes new Parameters. Make the optimizer after it.
 # - A deep copy of a model has a deep copy of the share: model.get_submodule(layer).share.
-# - Apple's MPS has no float64: to build, add, merge, learn with phi > 0 or detach(model, task), move
-#   the model, and so the share, to the CPU first.
+# - Apple's MPS has no float64: to build, add, merge, learn with phi > 0 or detach(model, task),
+#   move the model, and so the share, to the CPU first.
 # - PEFT: of a live model with plain LoRA take B = lora_B.weight * layer.scaling[name] and
 #   A = lora_A.weight. Attach to the model that unload() returns, not to the PeftModel.
 # Selecting

@@ -720,6 +720,7 @@ def test_a_share_made_in_any_context_is_exact_and_trains(context, tmp_path):
     expected = model.first.weight + adapters["a"].delta("first").to(DEVICE)
     with context():
         share = Share.from_adapters({t: adapters[t] for t in "ab"}, variance=1.0)
+        assert not any(tensor.is_inference() for tensor in tensors(share))
         share.add("c", adapters["c"], p=4)
         share.merge({"d": adapters["d"]}, grow=True)
         share.save(tmp_path / "share")
