@@ -596,9 +596,8 @@ class Share:
             try:
                 for layer, parameters in trained.items():
                     linear = attached[layer]
-                    follow_weight(
-                        linear
-                    )  # the bases go to the weight's device, the parameters to theirs
+                    # The bases go to the weight's device, and the parameters to theirs.
+                    follow_weight(linear)
                     parameters.to(self.bases[layer][0].device)
                     linear.learned = parameters  # so that model.parameters() has them
                 # From these parameters `factors` makes B and A for `forward`.
