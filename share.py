@@ -28,7 +28,7 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 share.bases is {layer: (beta, alpha)}, share.coefficients {layer: {task: (eps_beta, eps_alpha)}}.
 Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Most of
 ours is optional. Three departures from the paper are on by default:
-- A basis also holds the direction of the mean, which phase 1 subtracts first (with_mean).
+- A basis also holds the direction of the mean, which phase 1 subtracts first (build_basis).
 - A merge does not make a basis smaller (keep_sizes).
 - `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
 """
@@ -75,6 +75,7 @@ class ShareLinear(nn.Linear):
     layer: str  # its name in the share
 
     def forward(self, input):
+        follow_weight(self)  # to another device, if the model has moved
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
         if isinstance(task, tuple):  # ours: a task for each sample
@@ -154,8 +155,8 @@ def build_basis(stack, variance=0.6, k=None):
         mean = X.mean(dim=1, keepdim=True)
         # 2. Take the main directions of the rest.
         basis = main_directions(X - mean, rounding, variance)
-        # 3. Ours: add the mean's direction.
-        basis = with_mean(basis, X, rounding)
+        # 3. Ours: add the mean's direction. It is in all m columns, so it weighs √m.
+        basis = grow_basis(basis, mean * X.shape[1] ** 0.5, rounding, variance=1.0)
     else:  # ours
         basis = main_directions(X, rounding, k=k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
@@ -438,10 +439,7 @@ class Share:
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share = self
             linear.layer = layer
-            # Before each forward the hook moves the bases to the weight's device. It also switches
-            # off the fast path of nn.TransformerEncoderLayer, which reads the weights alone and
-            # would lose ΔW.
-            linear.hook = linear.register_forward_pre_hook(follow_weight)
+            linear.hook = linear.register_forward_pre_hook(no_fast_path)
             follow_weight(linear)
         return model
 
@@ -782,33 +780,14 @@ def left_svd(X, rounding):
     - An S below 1e-8 of the largest is noise. ROUNDING (1e-6) lies above it and cuts it off.
     - Where S is small, a U made of V is orthonormal only roughly. main_directions mends it.
     """
-    if X.shape[0] <= X.shape[1]:
-        S, U = singular(X @ X.T, rounding)  # X X^T = U S² U^T
-    else:
-        S, V = singular(X.T @ X, rounding)  # X^T X = V S² V^T
-        U = X @ (V / S)  # as X V = U S
-    return U, S
-
-
-def singular(gram, rounding):
-    """S (r), the largest first, without those up to rounding, and the eigenvectors of S²."""
-    squares, vectors = torch.linalg.eigh(gram)  # the smallest first
+    is_wide = X.shape[0] <= X.shape[1]
+    squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)  # the smallest first
     kept = squares > rounding**2
-    return squares[kept].sqrt().flip(0), vectors[:, kept].flip(1)
-
-
-def outside_of(basis, X):
-    """The part of the columns X (n, m), in float64, that is orthogonal to a basis."""
-    basis = basis.double()
-    return X - basis @ (basis.T @ X)
-
-
-def add_directions(basis, columns):
-    """A basis, and beside it the directions of columns that were projected to the outside of it."""
-    # Project again: the basis is float32, so orthonormal to 1e-7, and so is the first result. Of a
-    # column that was inside but for 1e-6 this error is a visible part.
-    added = torch.linalg.qr(outside_of(basis, columns)).Q
-    return torch.cat([basis, added.to(basis.dtype)], dim=1)
+    S = squares[kept].sqrt().flip(0)
+    vectors = vectors[:, kept].flip(1)
+    if is_wide:  # X X^T = U S² U^T
+        return vectors, S
+    return X @ (vectors / S), S  # X^T X = V S² V^T, and X V = U S
 
 
 def best_rank(eps, p):
@@ -832,56 +811,41 @@ def best_rank(eps, p):
 
 
 # --- Ours
-def with_mean(basis, X, rounding):
-    """Ours: a basis, and beside it the direction of the mean of the columns X (n, m).
+def update_columns(B, A_T):
+    """Ours: C (n, r) and D (d, r) with the left and with the right singular vectors of ΔW = B A.
 
-    `project` does not subtract the mean, so the basis has to hold it. It may do so already.
+    A^T = Q R with orthonormal columns in Q, so that ΔW = C Q^T with C = B R^T: C has ΔW's left
+    singular vectors, and its singular values. D likewise, of ΔW^T. B itself has others, and is not
+    unique: 2 B and A / 2 have the same ΔW.
     """
-    mean = X.mean(dim=1, keepdim=True)
-    missing = outside_of(basis, mean)
-    # Each of the m columns misses this, which has the norm √m ‖missing‖ as a matrix.
-    if missing.norm() * X.shape[1] ** 0.5 <= rounding:
-        return basis
-    return add_directions(basis, missing)
-
-
-def update_pair(pair):
-    """Ours: (C, D) with the left and with the right singular vectors and values of ΔW = B A.
-
-    B itself is not unique: B M and M^-1 A have the same ΔW. C C^T and D D^T depend on ΔW alone:
-
-        A^T = Q_A R_A, so that ΔW = B R_A^T Q_A^T. With C = B R_A^T, C C^T = ΔW ΔW^T.
-        B = Q_B R_B, so that ΔW = Q_B R_B A. With D = A^T R_B^T, D D^T = ΔW^T ΔW.
-
-    They are for finding bases, in float64. C D^T is not ΔW.
-    """
-    B, A_T = [side.double() for side in pair]
-    R_B = torch.linalg.qr(B, mode="r").R
+    B, A_T = B.double(), A_T.double()
     R_A = torch.linalg.qr(A_T, mode="r").R
+    R_B = torch.linalg.qr(B, mode="r").R
     return B @ R_A.T, A_T @ R_B.T
 
 
 def bases_of_updates(pairs, variance, sizes):
-    """Ours, for "updates": main directions of the tasks' C's, and of their D's, of norm 1 each."""
-    updates = [update_pair(pair) for pair in pairs.values()]
+    """Ours, for "updates": the main directions of all tasks' C, and of all D, see update_columns.
+
+    Each is divided by its norm, which is ‖ΔW‖, so that all tasks weigh the same.
+    """
+    updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
+    # A ΔW far smaller than the largest may be rounding, and has to stay small.
+    floor = ROUNDING * max(C.norm() for C, _ in updates) + 1e-300  # 1e-300: if all are 0
+    Cs = []
+    Ds = []
+    for C, D in updates:
+        norm = C.norm().clamp_min(floor)
+        Cs.append(C / norm)
+        Ds.append(D / norm)
+    first_B, _ = next(iter(pairs.values()))
     bases = []
-    for side in (0, 1):
-        # No mean is subtracted: C is determined up to a rotation of columns, their mean is not.
-        X = side_by_side([update[side] for update in updates])
-        basis = main_directions(X, ROUNDING * X.norm(), variance, sizes[side])
-        dtype = next(iter(pairs.values()))[side].dtype
-        bases.append(basis.to(dtype))
+    for columns, k in ((Cs, sizes[0]), (Ds, sizes[1])):
+        # No mean is subtracted: a C is unique up to a rotation of its columns, their mean is not.
+        X = torch.cat(columns, dim=1)
+        basis = main_directions(X, ROUNDING * X.norm(), variance, k)
+        bases.append(basis.to(first_B.dtype))
     return tuple(bases)
-
-
-def side_by_side(matrices):
-    """Matrices (n, r) as one (n, m), each divided by its norm: all tasks weigh the same."""
-    norms = torch.stack([matrix.norm() for matrix in matrices])
-    # A matrix far smaller than the largest may be rounding, which has to stay small.
-    floor = ROUNDING * norms.max() + 1e-300  # 1e-300: if all are 0, 0 / 1e-300 is 0
-    norms = norms.clamp_min(floor)
-    scaled = [matrix / norm for matrix, norm in zip(matrices, norms, strict=True)]
-    return torch.cat(scaled, dim=1)
 
 
 def grow_layer(bases, old, new, variance, k, stacking):
@@ -890,11 +854,16 @@ def grow_layer(bases, old, new, variance, k, stacking):
     variance: the fraction of that to explain, for each adapter by itself. k: in its place, the size
     up to which a smaller basis grows; earlier adapters take the room first.
     """
-    beta, alpha = bases
+    grown = list(bases)
     for pair in new.values():  # one by one: variance and rounding are relative to an adapter
-        columns = update_pair(pair) if stacking == "updates" else pair
-        beta = grow_basis(beta, columns[0], variance, k)
-        alpha = grow_basis(alpha, columns[1], variance, k)
+        if stacking == "updates":
+            pair = update_columns(*pair)
+        for side in (0, 1):
+            X = pair[side].double()
+            rounding = ROUNDING * X.norm()  # of all of X: what is outside may be rounding alone
+            room = None if k is None else max(0, k - grown[side].shape[1])
+            grown[side] = grow_basis(grown[side], X, rounding, variance, room)
+    beta, alpha = grown
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
@@ -908,19 +877,22 @@ def with_rows(eps, basis):
     return torch.cat([eps, eps.new_zeros(basis.shape[1] - len(eps), eps.shape[1])])
 
 
-def grow_basis(basis, stack, variance, k):
-    """A basis, and beside it the main directions of what a stack (n, m) has outside of it.
+def grow_basis(basis, X, rounding, variance, k=None):
+    """A basis, and beside it the main directions of what X (n, m) has outside of it.
 
-    k: None adds as many as explain `variance` of that; else the basis grows up to k directions.
+    rounding, variance, k: see `main_directions`; no mean is subtracted.
     """
-    stack = stack.double()
-    outside = outside_of(basis, stack)  # no mean is subtracted: all of this is to be held
-    rounding = ROUNDING * stack.norm()  # of the whole stack: what is outside may be rounding alone
-    if k is None:
-        added = main_directions(outside, rounding, variance)
-    else:
-        added = main_directions(outside, rounding, k=max(0, k - basis.shape[1]))
-    return add_directions(basis, added)
+    added = main_directions(outside_of(basis, X), rounding, variance, k)
+    # Project again: the basis is float32, so orthonormal to 1e-7, and so is the first result. Of a
+    # column that was inside but for 1e-6 this error is a visible part.
+    added = torch.linalg.qr(outside_of(basis, added)).Q
+    return torch.cat([basis, added.to(basis.dtype)], dim=1)
+
+
+def outside_of(basis, X):
+    """The part of the columns X (n, m), in float64, that is orthogonal to a basis."""
+    basis = basis.double()
+    return X - basis @ (basis.T @ X)
 
 
 # --- Mixed batches
@@ -988,32 +960,28 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
-                put_back(buffer, buffers[name])
+                # Inference mode alone can write a buffer that was made in it. An expanded buffer,
+                # of whose memory several elements share a place, cannot be written, and stays.
+                with torch.inference_mode(), contextlib.suppress(RuntimeError):
+                    buffer.copy_(buffers[name])
 
 
-def put_back(buffer, value):
-    """Write a buffer, or leave it if PyTorch cannot write it."""
-    try:
-        with torch.inference_mode():  # the only mode that can write a buffer that was made in it
-            buffer.copy_(value)
-    except RuntimeError:  # an expanded buffer, all of whose elements are one number in memory
-        pass
+def no_fast_path(linear, inputs):
+    """A hook that does nothing. Where there is one, nn.TransformerEncoderLayer calls its layers.
+
+    Its fast path reads their weights alone, and would lose ΔW.
+    """
 
 
-def follow_weight(linear, inputs=()):
-    """Bring a layer's bases and coefficients to where its weight is; a hook before forward.
+def follow_weight(linear):
+    """Bring a layer's bases and coefficients to where its weight is.
 
     They are no parameters of the model, so that model.to(device) does not move them.
     """
     device = linear.weight.device
-    if device.type == "meta" and inputs:
-        # accelerate loads an offloaded weight after this hook, inside forward. It does not tell to
-        # which device; we assume, to that of the input. If this is wrong, forward raises.
-        device = inputs[0].device
-    if device.type == "meta":
-        return  # attach has no input, and learn has none: the first forward comes here again
     beta, _ = linear.share.bases[linear.layer]
-    if beta.device != device:
+    # An offloaded weight is on "meta", except inside forward.
+    if beta.device != device and device.type != "meta":
         move_layer(linear.share, linear.layer, device)
 
 
