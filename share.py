@@ -28,8 +28,9 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 share.bases is {layer: (beta, alpha)}, share.coefficients {layer: {task: (eps_beta, eps_alpha)}}.
 Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Most of
 ours is optional. Three departures from the paper are on by default:
-- A basis also holds the direction of the mean, which phase 1 subtracts first (build_basis).
-- A merge does not make a basis smaller (keep_sizes).
+- Phase 1 subtracts the mean of the columns; then it adds the mean's direction to the basis, as
+  coefficients are computed without subtracting it (build_basis).
+- After a merge by variance no basis is smaller than before (keep_sizes).
 - `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
 """
 
@@ -75,17 +76,18 @@ class ShareLinear(nn.Linear):
     layer: str  # its name in the share
 
     def forward(self, input):
-        follow_weight(self)  # to another device, if the model has moved
+        follow_weight(self)  # if the model has moved to another device
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
         if isinstance(task, tuple):  # ours: a task for each sample
-            return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
-        factors = self.share.factors(self.layer, task)
-        if factors is None:  # no task, or one that leaves this layer alone
-            return h
-        B, A = factors  # formed once per call; then as cheap as a LoRA of rank p
-        delta_x = F.linear(F.linear(input.to(A.dtype), A), B)
-        return (h + delta_x).to(h.dtype)  # W0 x + (beta eps_beta)(alpha eps_alpha)^T x
+            delta_x = mixed_batch(self.share, self.layer, task, input)
+        else:
+            factors = self.share.factors(self.layer, task)
+            if factors is None:  # no task, or one that leaves this layer alone
+                return h
+            B, A = factors  # beta eps_beta and (alpha eps_alpha)^T, formed once per call
+            delta_x = F.linear(F.linear(input.to(A.dtype), A), B)  # B (A x)
+        return (h + delta_x).to(h.dtype)
 
 
 def lora_factors(bases, eps):
@@ -113,8 +115,8 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     coefficients = {}
     pairs_by_layer = share._pairs_by_layer(adapters)  # {layer: {task: (B, A^T)}}, checked
     for layer, pairs in pairs_by_layer.items():
-        bases[layer], found = build_layer(pairs, variance, (k, k), stack)  # k of either side
-        coefficients[layer] = {task: best_rank(eps, p) for task, eps in found.items()}
+        bases[layer], full = build_layer(pairs, variance, (k, k), stack)  # one k for both sides
+        coefficients[layer] = {task: best_rank(eps, p) for task, eps in full.items()}
     share._store(adapters, bases, coefficients)
     return share
 
@@ -123,7 +125,8 @@ def build_layer(pairs, variance, sizes, stacking):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    sizes (ours): k of beta and of alpha, or None, see `build_basis`. stacking: "factors", or ours.
+    sizes (ours): (k of beta, k of alpha), where a k may be None, see `build_basis`. stacking: the
+    paper's "factors", or ours, "updates".
     """
     if stacking == "factors":
         # 1. Put the B's of all tasks side by side, and their A^T's.
@@ -155,8 +158,9 @@ def build_basis(stack, variance=0.6, k=None):
         mean = X.mean(dim=1, keepdim=True)
         # 2. Take the main directions of the rest.
         basis = main_directions(X - mean, rounding, variance)
-        # 3. Ours: add the mean's direction. It is in all m columns, so it weighs √m.
-        basis = grow_basis(basis, mean * X.shape[1] ** 0.5, rounding, variance=1.0)
+        # 3. Ours: add the mean's direction, unless that is rounding beside a typical column.
+        column_norm = X.norm() / X.shape[1] ** 0.5
+        basis = grow_basis(basis, mean, ROUNDING * column_norm, variance=1.0)
     else:  # ours
         basis = main_directions(X, rounding, k=k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
@@ -170,8 +174,8 @@ def main_directions(X, rounding, variance=None, k=None):
     U, S = left_svd(X, rounding)
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
-        # The sums are off by 1e-15 or so, and the least direction explains ROUNDING² = 1e-12. 1e-13
-        # lies between, so that a variance of 1.0 takes all directions.
+        # Take those that are too few, and the next, which is enough. 1e-13: a sum that is equal to
+        # variance may come out 1e-15 less; and no direction explains less than ROUNDING² = 1e-12.
         too_few = explained < variance - 1e-13
         k = int(too_few.sum()) + 1
     return torch.linalg.qr(U[:, :k]).Q  # QR, as left_svd's U is orthonormal only roughly
@@ -215,20 +219,20 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
-    phi: temporary columns beside each basis; 0, or less than the largest k. More than p are of no
-    use: B has p columns, and reaches p directions outside of beta. Afterwards the task is merged,
+    phi: temporary columns beside each basis; 0, or less than the largest k. Take phi <= p: the p
+    columns of B are p mixtures of them, so more are of no use. Afterwards the task is merged,
         grow=False  by the paper's phase 3, which may lose much of it, see `retained`;
         grow=True   by ours, the default, which adds directions to the bases and loses nothing.
     finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
     """
     # 1. Start: random coefficients and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
-    trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; step 3 compares it with the start
-    # 2. The caller's loop trains the copy, and all else is frozen. In the block ShareLinear.forward
-    #    takes learned_factors(bases, trained[layer]) as B and A: so the loss has gradients there.
+    trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
+    # 2. The caller's loop trains the copy, and all else is frozen. For B and A in the block
+    #    ShareLinear.forward calls share.factors, and this learned_factors(bases, trained[layer]).
     with share._training(model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
-    # 3. Keep the layers that were trained. One that the loss never reached is at its random start.
+    # 3. Keep the layers that have moved. One that the loss never reached is at its random start.
     ends = moved_layers(task, start, trained)
     if phi == 0:
         share._keep(task, ends)
@@ -280,11 +284,13 @@ def learned_factors(bases, parameters):
 
 # --- Phase 3: merge
 def merge(share, adapters, *, variance=None, k=None, grow=False):
-    """Phase 3: take in {task: Adapter}; new bases and coefficients for the layers they have.
+    """Phase 3: take in {task: Adapter}. The layers that they have get new bases and coefficients.
 
-    All bases are made anew, so that earlier tasks may change. variance: see `build_basis`; None
-    takes the share's. By it no basis gets smaller, unless its tasks have a lower rank by now. k: in
-    place of it, a size, which may be smaller.
+    Their bases are made anew, so that earlier tasks may change, see `retained`. The size is
+    by variance  see `build_basis`; None takes the share's. No basis gets smaller (ours), unless
+                 its tasks span fewer directions than it has, as after `remove`.
+    or by k      if it is given. A basis may get smaller.
+
     grow=True (ours): bases and earlier tasks stay. Each new adapter adds directions that explain
     `variance` of what it has outside the bases; or, with k, until a basis has k.
     """
@@ -299,7 +305,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, (k, k), share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # the paper's: merge_layer, below, with shorter columns
+        else:  # the paper's: the result is that of merge_layer, below, in less time
             merged = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
@@ -319,72 +325,76 @@ def merge_layer(bases, old, new, variance, k, stacking):
     pairs.update(new)
     # 3. Phase 1 again.
     merged = build_layer(pairs, variance, (k, k), stacking)
-    if k is None:  # ours: no basis gets smaller
+    # Ours: by variance no basis gets smaller.
+    if k is None:
         merged = keep_sizes(merged, bases, pairs, variance, stacking)
     return merged
 
 
 # --- Part 2, everything else. Behind merge
 def keep_sizes(merged, bases, pairs, variance, stacking):
-    """Ours: merged, or phase 1 again with the old size of a basis that got smaller.
+    """Ours: merged; but where a basis got smaller, phase 1 again with the size that it had before.
 
     By variance alone each merge would keep, say, 60 % of the 60 % that the last one has kept. A
     smaller basis is usual where few adapters are merged into many. With a size `build_basis` takes
-    the columns as they are: it neither subtracts nor adds the mean. The other basis is as it was.
+    the columns as they are: it neither subtracts nor adds the mean. If the other basis did not get
+    smaller, it comes out as it is in merged.
     """
     new_bases, _ = merged
     sizes = [None, None]
     for side in (0, 1):
-        if new_bases[side].shape[1] < bases[side].shape[1]:
-            sizes[side] = bases[side].shape[1]
+        old_size = bases[side].shape[1]
+        if new_bases[side].shape[1] < old_size:
+            sizes[side] = old_size
     if sizes == [None, None]:
         return merged
     return build_layer(pairs, variance, sizes, stacking)
 
 
 def fast_merge_layer(bases, old, new, **rule):
-    """merge_layer(bases, old, new, **rule) by columns of q numbers in place of n.
+    """merge_layer(bases, old, new, **rule) with columns of q numbers in place of n.
 
-    All columns that it sees lie in the span of the old basis and the new factors. Let Q (n, q) be
-    an orthonormal basis of that. Their matrix is X = Q Y with Y = Q^T X. If Y = U S V^T, then X is
-    (Q U) S V^T: with the same S, its basis is Q U, and its coefficients are (Q U)^T X = U^T Y. (Its
-    mean is Q times that of Y. The signs of directions may differ.)
+    All columns x that it sees lie in the span of the old basis and the new factors. Let Q (n, q) be
+    an orthonormal basis of this span. Then y = Q^T x are coordinates of x, and x = Q y. As lengths
+    and angles are the same in these, so is the merge: it finds the same coefficients, and of each
+    new direction the coordinates.
     """
     # 1. Find Q for each side.
-    Qs = []
-    for side in (0, 1):
-        columns = [bases[side]] + [pair[side] for pair in new.values()]
-        Qs.append(torch.linalg.qr(torch.cat(columns, dim=1).double()).Q)
-
-    # 2. Shorten the bases and the new factors. The old coefficients hold as they are: x = beta eps
-    #    gives y = (Q^T beta) eps.
-    def shorten(left, right):
-        return matmul64(Qs[0].T, left), matmul64(Qs[1].T, right)
-
-    short_bases = shorten(*bases)
-    short_new = {task: shorten(B, A_T) for task, (B, A_T) in new.items()}
+    beta, alpha = bases
+    Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
+    Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
+    # 2. Take coordinates. Old coefficients stay: x = beta eps gives y = (Q^T beta) eps.
+    short_bases = matmul64(Q_beta.T, beta), matmul64(Q_alpha.T, alpha)
+    short_new = {}
+    for task, (B, A_T) in new.items():
+        short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
     # 3. Merge.
-    (beta, alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
+    (short_beta, short_alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
     # 4. Go back: x = Q y.
-    merged_bases = (Qs[0] @ beta).to(bases[0]), (Qs[1] @ alpha).to(bases[1])
+    merged_bases = (Q_beta @ short_beta).to(beta), (Q_alpha @ short_alpha).to(alpha)
     return merged_bases, coefficients
+
+
+def orthonormal(matrices):
+    """Orthonormal columns, in float64, in whose span all columns of the matrices are."""
+    return torch.linalg.qr(torch.cat(matrices, dim=1).double()).Q
 
 
 # --- The share, which the phases fill
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
-    # Functions of Part 1 become methods; on the right of each = is the function. What it calls
-    # share is self. They leave inference_mode, as a tensor made in it can never be trained.
+    # Functions of Part 1 as methods: on the right of each = is the function. What it calls share is
+    # self. The first two leave inference_mode, as a tensor that is made in it can never be trained.
     from_adapters = classmethod(torch.inference_mode(False)(from_adapters))
-    learn = learn
     merge = torch.inference_mode(False)(merge)
+    learn = learn
 
     def __init__(self, variance=0.6, stack="factors"):
         check_numbers(variance)
         if stack not in ("factors", "updates"):
             raise ValueError(f"stack is {stack!r}; it takes 'factors' or 'updates'")
-        self.variance = float(variance)  # that the bases explain, see `build_basis`
+        self.variance = float(variance)  # the part of it that bases explain, see `build_basis`
         self.stacking = stack  # "factors", the paper's, or "updates", ours
         # One tuple, replaced as a whole: whoever reads it once, in another thread or in a signal
         # handler, never sees half a change.
@@ -439,6 +449,7 @@ class Share:
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share = self
             linear.layer = layer
+            # so that nn.TransformerEncoderLayer calls it, see the hook
             linear.hook = linear.register_forward_pre_hook(no_fast_path)
             follow_weight(linear)
         return model
@@ -457,7 +468,8 @@ class Share:
             if self.learning is not None and self.learning in names:
                 raise ValueError(f"task {self.learning!r} is being learned: not in a mixed batch")
         for name in names:
-            if name is not None and name != self.learning:  # a task has no record while it is new
+            # The task that is being learned may be new, and then has no record yet.
+            if name is not None and name != self.learning:
                 self._check_task(name)
         self.selected = selected
 
@@ -465,7 +477,7 @@ class Share:
         """LoRA's (B (n, p), A (p, d)) of a task in a layer; None for no task, or no ΔW there."""
         if task is None:
             return None
-        if task == self.learning:
+        if task == self.learning:  # in a block of `learn`: from what is trained there
             if layer not in self.trained:
                 return None
             return learned_factors(self.bases[layer], self.trained[layer])
@@ -503,7 +515,7 @@ class Share:
             raise ValueError("no layer of the model is attached, or each carries another share")
         for layer, linear in attached.items():
             check_linear(layer, linear, ShareLinear, self.bases[layer])
-            # neither quantized nor of a tensor subclass
+            # A quantized weight is no Parameter of floats, or it is of a subclass.
             plain = type(linear.weight) is nn.Parameter and linear.weight.is_floating_point()
             if layer in adapter.factors and not plain:
                 raise ValueError(f"layer {layer!r}: its weight is no plain Parameter of floats")
@@ -560,7 +572,7 @@ class Share:
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
         start = {}
         for layer, (beta, alpha) in self.bases.items():
-            # A basis is empty if all factors were 0. There only temporary columns can be trained.
+            # A basis is empty if all factors were 0. Then only temporary columns can be trained.
             is_empty = min(beta.shape[1], alpha.shape[1]) == 0
             if phi > 0 or not is_empty:
                 start[layer] = start_layer((beta, alpha), p, phi, sigma, generator)
@@ -590,15 +602,14 @@ class Share:
         check_unwrapped(model)
         attached = self._attached(model, needed=trained)
         selected = self.selected
-        with frozen(model):  # all that it has now; what is added below can train
+        with frozen(model):  # all that the model has now; what is added below can train
             try:
                 for layer, parameters in trained.items():
                     linear = attached[layer]
-                    # The bases go to the weight's device, and the parameters to theirs.
-                    follow_weight(linear)
-                    parameters.to(self.bases[layer][0].device)
+                    follow_weight(linear)  # The bases go to the weight's device,
+                    parameters.to(self.bases[layer][0].device)  # and the parameters to the bases'.
                     linear.learned = parameters  # so that model.parameters() has them
-                # From these parameters `factors` makes B and A for `forward`.
+                # From now on `factors`, which forward calls, takes these parameters.
                 self.trained = trained
                 self.learning = task
                 self.selected = task
@@ -607,20 +618,19 @@ class Share:
                 self.selected = selected
                 self.learning = None
                 self.trained = {}
-                for layer in trained:
+                for layer in trained:  # pop: an error above may have come before it was added
                     attached[layer]._modules.pop("learned", None)
 
     def _keep(self, task, ends):
-        """Take in trained coefficients, {layer: {"eps_beta", "eps_alpha"}}."""
-        # A fine-tuned task keeps extras, config and the layers that have not moved: they come from
-        # its old adapter. A new task has none.
+        """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
+        # For the record: ‖ΔW‖² of all layers; and extras and config, which a fine-tuned task keeps.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
             adapter.factors[layer] = learned_factors(self.bases[layer], end)
             coefficients[layer] = {task: (end["eps_beta"], end["eps_alpha"])}
         check_adapter(task, adapter, {})  # training may have ended in NaN
-        self._store({task: adapter}, {}, coefficients)
+        self._store({task: adapter}, {}, coefficients)  # layers that have not moved stay
 
     # --- The share's file
     def save(self, path):
@@ -667,9 +677,10 @@ class Share:
     def load(cls, path):
         """Read what `save` wrote. ValueError for another file, or where one bit has changed."""
         raw = Path(path).read_bytes()  # in one go: another process may replace the file
-        tensors = {}
-        with contextlib.suppress(safetensors.SafetensorError):
+        try:
             tensors = safetensors.torch.load(raw)
+        except safetensors.SafetensorError:
+            tensors = {}  # which has no checksum
         found = tensors.pop("checksum", None)
         if found is None or found.tolist() != checksum(tensors):
             raise ValueError(f"{path} is not a Share file ({FORMAT}), or is damaged")
@@ -696,14 +707,12 @@ class Share:
         if not adapters:
             raise ValueError("adapters is empty; it takes one or more")
         shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
+        layers = {}
         for task, adapter in adapters.items():
             self._check_new_task(task)
             check_adapter(task, adapter, shapes)
             for layer, (B, A) in adapter.factors.items():
-                shapes[layer] = len(B), A.shape[1]  # which the next adapter has to fit, too
-        layers = {}
-        for task, adapter in adapters.items():
-            for layer, (B, A) in adapter.factors.items():
+                shapes[layer] = len(B), A.shape[1]  # of a new layer: the next adapter has to fit it
                 device = self.bases[layer][0].device if layer in self.bases else B.device
                 dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
                 pair = B.detach().to(device, dtype), A.detach().to(device, dtype).T
@@ -714,6 +723,7 @@ class Share:
         """Take in tasks: new bases, coefficients (cast as the bases are), and a record of each."""
         self._check_idle()
         bases = self.bases | new_bases
+        # Coefficients may be of all tasks, as after a merge.
         coefficients = dict(self.coefficients)
         for layer, found in new_coefficients.items():
             beta, alpha = bases[layer]
@@ -721,7 +731,7 @@ class Share:
             for task, (eps_beta, eps_alpha) in found.items():
                 by_task[task] = eps_beta.to(beta), eps_alpha.to(alpha)
             coefficients[layer] = by_task
-        # A merge brings coefficients of all tasks, but records of the new ones: old energies stay.
+        # Records are of the new tasks alone: old ones keep the energy that they had at first.
         records = dict(self.records)
         for task, adapter in adapters.items():
             extras = {name: extra.detach().clone() for name, extra in adapter.extras.items()}
@@ -767,7 +777,7 @@ def squared_norm(adapter):
     total = 0.0
     for factors in adapter.factors.values():
         B, A = [factor.detach().cpu().double() for factor in factors]
-        # ‖B A‖² = trace(A^T B^T B A) = trace(B^T B A A^T), which is only r × r
+        # ‖B A‖² = trace(A^T B^T B A) = trace(B^T B A A^T), and this matrix is only r × r.
         total += float(torch.trace(B.T @ B @ (A @ A.T)))
     return total
 
@@ -775,19 +785,24 @@ def squared_norm(adapter):
 def left_svd(X, rounding):
     """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
 
-    It is torch.linalg.svd, up to 6 times faster: by the eigenvectors of the smaller of X X^T and
-    X^T X. Squaring costs digits, and two things follow:
-    - An S below 1e-8 of the largest is noise. ROUNDING (1e-6) lies above it and cuts it off.
-    - Where S is small, a U made of V is orthonormal only roughly. main_directions mends it.
+    As torch.linalg.svd, but up to 6 times faster: by the smaller of X X^T and X^T X. Their
+    eigenvalues S² are exact to 1e-16 of the largest, so an S below 1e-8 of the largest is noise;
+    rounding, which is more, leaves it out. A U made of V is orthonormal only roughly.
     """
-    is_wide = X.shape[0] <= X.shape[1]
-    squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)  # the smallest first
+    n, m = X.shape
+    if n <= m:
+        U, S = largest_first(X @ X.T, rounding)  # X X^T = U S² U^T
+    else:
+        V, S = largest_first(X.T @ X, rounding)  # X^T X = V S² V^T
+        U = X @ V / S  # as X V = U S
+    return U, S
+
+
+def largest_first(gram, rounding):
+    """The eigenvectors of X X^T or X^T X, and the singular values of X that are above rounding."""
+    squares, vectors = torch.linalg.eigh(gram)  # the smallest first
     kept = squares > rounding**2
-    S = squares[kept].sqrt().flip(0)
-    vectors = vectors[:, kept].flip(1)
-    if is_wide:  # X X^T = U S² U^T
-        return vectors, S
-    return X @ (vectors / S), S  # X^T X = V S² V^T, and X V = U S
+    return vectors[:, kept].flip(1), squares[kept].sqrt().flip(0)
 
 
 def best_rank(eps, p):
@@ -814,23 +829,30 @@ def best_rank(eps, p):
 def update_columns(B, A_T):
     """Ours: C (n, r) and D (d, r) with the left and with the right singular vectors of ΔW = B A.
 
-    A^T = Q R with orthonormal columns in Q, so that ΔW = C Q^T with C = B R^T: C has ΔW's left
-    singular vectors, and its singular values. D likewise, of ΔW^T. B itself has others, and is not
-    unique: 2 B and A / 2 have the same ΔW.
+    With A^T = Q_A R_A and B = Q_B R_B, where the columns of each Q are orthonormal,
+
+        ΔW   = B A     = B R_A^T Q_A^T    = C Q_A^T  with  C = B R_A^T
+        ΔW^T = A^T B^T = A^T R_B^T Q_B^T  = D Q_B^T  with  D = A^T R_B^T
+
+    The Q's only rotate: C has ΔW's left singular vectors and singular values, D those of ΔW^T. B
+    alone has not: 2 B and A / 2 have the same ΔW.
     """
     B, A_T = B.double(), A_T.double()
     R_A = torch.linalg.qr(A_T, mode="r").R
     R_B = torch.linalg.qr(B, mode="r").R
-    return B @ R_A.T, A_T @ R_B.T
+    C = B @ R_A.T
+    D = A_T @ R_B.T
+    return C, D
 
 
 def bases_of_updates(pairs, variance, sizes):
     """Ours, for "updates": the main directions of all tasks' C, and of all D, see update_columns.
 
-    Each is divided by its norm, which is ‖ΔW‖, so that all tasks weigh the same.
+    Each is divided by its norm, which is ‖ΔW‖, so that all tasks weigh the same. No mean is
+    subtracted: the columns of C may be rotated, and their mean changes by that.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
-    # A ΔW far smaller than the largest may be rounding, and has to stay small.
+    # A ΔW far smaller than the largest may be rounding. It is divided by more, and stays small.
     floor = ROUNDING * max(C.norm() for C, _ in updates) + 1e-300  # 1e-300: if all are 0
     Cs = []
     Ds = []
@@ -841,7 +863,6 @@ def bases_of_updates(pairs, variance, sizes):
     first_B, _ = next(iter(pairs.values()))
     bases = []
     for columns, k in ((Cs, sizes[0]), (Ds, sizes[1])):
-        # No mean is subtracted: a C is unique up to a rotation of its columns, their mean is not.
         X = torch.cat(columns, dim=1)
         basis = main_directions(X, ROUNDING * X.norm(), variance, k)
         bases.append(basis.to(first_B.dtype))
@@ -855,12 +876,11 @@ def grow_layer(bases, old, new, variance, k, stacking):
     up to which a smaller basis grows; earlier adapters take the room first.
     """
     grown = list(bases)
-    for pair in new.values():  # one by one: variance and rounding are relative to an adapter
-        if stacking == "updates":
-            pair = update_columns(*pair)
+    for B, A_T in new.values():  # one by one: variance and rounding are relative to an adapter
+        columns = update_columns(B, A_T) if stacking == "updates" else (B, A_T)
         for side in (0, 1):
-            X = pair[side].double()
-            rounding = ROUNDING * X.norm()  # of all of X: what is outside may be rounding alone
+            X = columns[side].double()
+            rounding = ROUNDING * X.norm()  # of all of X: its part outside may be rounding alone
             room = None if k is None else max(0, k - grown[side].shape[1])
             grown[side] = grow_basis(grown[side], X, rounding, variance, room)
     beta, alpha = grown
@@ -883,8 +903,8 @@ def grow_basis(basis, X, rounding, variance, k=None):
     rounding, variance, k: see `main_directions`; no mean is subtracted.
     """
     added = main_directions(outside_of(basis, X), rounding, variance, k)
-    # Project again: the basis is float32, so orthonormal to 1e-7, and so is the first result. Of a
-    # column that was inside but for 1e-6 this error is a visible part.
+    # Project again. A float32 basis is orthonormal to 1e-7, so that outside_of leaves 1e-7 of X
+    # inside. If only 1e-6 of X is outside, that is a tenth of it.
     added = torch.linalg.qr(outside_of(basis, added)).Q
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
@@ -907,10 +927,10 @@ def mixed_batch(share, layer, tasks, x):
     eps_betas = stack_padded([eps_beta for eps_beta, _ in eps])
     eps_alphas = stack_padded([eps_alpha for _, eps_alpha in eps])
     # s: samples; a, b: directions of alpha, of beta; p: columns of coefficients
-    z = x.to(alpha.dtype) @ alpha  # alpha^T x
-    z = torch.einsum("s...a,sap->s...p", z, eps_alphas)  # eps_alpha^T alpha^T x
-    z = torch.einsum("s...p,sbp->s...b", z, eps_betas)  # eps_beta eps_alpha^T alpha^T x
-    return z @ beta.T  # beta eps_beta eps_alpha^T alpha^T x
+    in_alpha = x.to(alpha.dtype) @ alpha  # alpha^T x
+    in_p = torch.einsum("s...a,sap->s...p", in_alpha, eps_alphas)  # A x = eps_alpha^T alpha^T x
+    in_beta = torch.einsum("s...p,sbp->s...b", in_p, eps_betas)  # eps_beta A x
+    return in_beta @ beta.T  # beta eps_beta A x = B A x
 
 
 def stack_padded(matrices):
@@ -960,16 +980,17 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
-                # Inference mode alone can write a buffer that was made in it. An expanded buffer,
-                # of whose memory several elements share a place, cannot be written, and stays.
+                # inference_mode: in it any buffer can be written, outside of it none that was made
+                # in it. suppress: an expanded buffer cannot be written at all, and stays.
                 with torch.inference_mode(), contextlib.suppress(RuntimeError):
                     buffer.copy_(buffers[name])
 
 
 def no_fast_path(linear, inputs):
-    """A hook that does nothing. Where there is one, nn.TransformerEncoderLayer calls its layers.
+    """A hook before forward that does nothing but exist.
 
-    Its fast path reads their weights alone, and would lose ΔW.
+    nn.TransformerEncoderLayer has a fast path that reads the weights of its layers in place of
+    calling them, so that ΔW would be lost. It does not take this path if one of them has a hook.
     """
 
 
@@ -980,7 +1001,7 @@ def follow_weight(linear):
     """
     device = linear.weight.device
     beta, _ = linear.share.bases[linear.layer]
-    # An offloaded weight is on "meta", except inside forward.
+    # An offloaded weight is on "meta", except in forward: there is nothing to follow until then.
     if beta.device != device and device.type != "meta":
         move_layer(linear.share, linear.layer, device)
 
