@@ -76,7 +76,7 @@ class ShareLinear(nn.Linear):
     layer: str  # its name in the share
 
     def forward(self, input):
-        follow_weight(self)  # if the model has moved to another device
+        follow_weight(self)  # the bases come along, if the model has moved to another device
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
         if isinstance(task, tuple):  # ours: a task for each sample
@@ -94,7 +94,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # In the bases' dtype. Autocast may round B and A later, for their products with x.
+    # Autocast, which would round, is off: B and A get the bases' precision.
     with torch.autocast(beta.device.type, enabled=False):
         B = beta @ eps_beta
         A = (alpha @ eps_alpha).T
@@ -256,6 +256,7 @@ def start_layer(bases, p, phi, sigma, generator):
     """
     beta, alpha = bases
     parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
+    # device="cpu": where the generator is, whatever the default device
     for name, basis in (("beta", beta), ("alpha", alpha)):
         rows, k = basis.shape
         # a row for each direction of the basis and for each temporary column
