@@ -5,10 +5,10 @@ them, eps_beta and eps_alpha (k, p), which give its change of the layer's weight
 
     ΔW = B A  with  B = beta eps_beta  and  A = (alpha eps_alpha)^T
 
-    phase 1  makes the bases from LoRA adapters of the first tasks   Share.from_adapters, in compare
-    phase 2  trains the coefficients of each later task              share.learn, in learn_task
-    phase 3  is optional: phase 2 may also train phi temporary       share.learn with phi > 0,
-             columns beside each basis, which are merged into it     in other_rows
+    phase 1  LoRA adapters of the first tasks make the bases         Share.from_adapters, in compare
+    phase 2  each later task trains its coefficients in them         share.learn, in learn_task
+    phase 3  with --all: phi temporary columns beside each basis     the same with phi > 0
+             are trained, too, and then merged into the basis
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -87,7 +87,7 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 
 
 # --- The data, the loss and the base model
-# Uses of random numbers: t is training on task t, the number of tasks is training on all of them.
+# Every use of random numbers has a number: t the training on task t, len(keys) that on all tasks.
 PRETRAINING, TESTS = 98, 99  # TESTS has the keys, too
 
 
@@ -210,8 +210,10 @@ class Experiment:
         generator = new_generator(s, TESTS)
         self.keys = torch.randint(LETTERS, (s.first + s.later, KEY), generator=generator)
         self.names = [f"task {t}" for t in range(len(self.keys))]
-        tags = [torch.full((s.test,), t) for t in range(len(self.keys))]
-        self.tests = [make_batch(generator, self.keys[tag], tag) for tag in tags]  # one per task
+        self.tests = []  # a batch for each task
+        for t in range(len(self.keys)):
+            tags = torch.full((s.test,), t)
+            self.tests.append(make_batch(generator, self.keys[tags], tags))
         self.base, self.clear_test = pretrain(s)
         self.base_accuracies = self.accuracies(self.base)
         print_progress("base", f"key in clear: {accuracy(self.base, self.clear_test):.3f}")
@@ -236,7 +238,7 @@ class Experiment:
         return [accuracy(model, test) for test in self.tests[:count]]
 
     def matrix_row(self, learned):
-        """A row of the accuracy matrix: accuracies on learned tasks, then the base's on others."""
+        """A row of the accuracy matrix, see `metrics`: on learned tasks, then the base's."""
         return learned + self.base_accuracies[len(learned) :]
 
     def new_lora(self, start_name, r):
@@ -247,12 +249,12 @@ class Experiment:
         torch.manual_seed(self.s.seed + zlib.crc32(start_name.encode()))  # hash() varies by run
         return attach_lora(copy.deepcopy(self.base), TARGETS, r)
 
-    def lora_per_task(self, method, r, lr, tasks=None):
-        """One LoRA for each task, or each of the first `tasks`: the adapters and their row."""
+    def lora_per_task(self, method, r, lr, count=None):
+        """One LoRA for each task, or each of the first `count`: the adapters and their row."""
         adapters = {}
         learned = []  # accuracy of each task with its LoRA, which later tasks do not change
         matrix = []
-        for t, name in enumerate(self.names[:tasks]):
+        for t, name in enumerate(self.names[:count]):
             model = self.new_lora(f"{method} {t}", r)
             loss, trained = fit(model, self.batches(t, self.s.lora_steps), lr)
             adapters[name] = lora_adapter(model)
@@ -274,21 +276,20 @@ class Experiment:
         return row_of_matrix(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Learn task t. Returns the last loss, and how many numbers were trained.
+        """Phase 2: train coefficients of p columns for task t, while the bases are frozen.
 
-        phi = 0, phase 2: eps_beta and eps_alpha, of p columns, are trained.
-        phi > 0, and phase 3: phi columns C beside each basis are trained, too. B is then
-        [beta, C] eps_beta with eps_beta (k + phi, p); A likewise. At the end the task is merged:
+        Returns the last loss, and how many numbers were trained. phi > 0 adds phase 3: phi columns
+        C beside each basis are trained, too, with B = [beta, C] eps_beta, and A likewise. Then
 
-        grow=True   ours: directions are added to the bases; earlier tasks stay as they are
-        grow=False  the paper's: all tasks make new bases; earlier tasks may lose
+        grow=True   (ours) directions are added to the bases; earlier tasks stay as they are
+        grow=False  (the paper's) new bases are made from all tasks; earlier ones may lose
         """
         s = self.s
         seed = 100 * s.seed + t
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
-            # Here only the coefficients, and C, require gradients.
+            # In this block only the coefficients, and C, require gradients.
             loss, trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        return loss, trained  # on leaving the block the task was stored and, if phi > 0, merged
+        return loss, trained  # at the end of the block the share has taken the task in
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
@@ -299,13 +300,13 @@ class Experiment:
         return accuracies
 
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
-        """Learn each task that the share does not have yet. Returns the model and the row.
+        """Learn the tasks that the share lacks. Returns the model and the row.
 
-        first_rows: rows of the accuracy matrix for the tasks that it has; [] if it has none.
+        first_rows: the rows of the accuracy matrix for the tasks that it has.
         """
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
-        for t in range(len(first_rows), len(self.names)):
+        for t in range(len(share.tasks), len(self.names)):
             loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
             matrix.append(self.matrix_row(learned))
@@ -319,9 +320,11 @@ def metrics(matrix):
 
     acc         mean over j of last[j], the last row
     bwt         mean over j of last[j] - matrix[j][j] (Lopez-Paz and Ranzato 2017)
-    forgetting  mean over j of (the best matrix[i][j] before it) - last[j] (Chaudhry et al. 2018)
+    forgetting  mean over j of the best matrix[i][j] above the last row - last[j] (Chaudhry et al.
+                2018)
 
-    The last two leave out the last task. For i < j, matrix[i][j] is the base's accuracy.
+    The last two leave out the last task. For i < j, where task j is not learned yet, matrix[i][j]
+    is the base's accuracy.
     """
     *earlier, last = matrix
     tasks = range(len(earlier))
@@ -360,19 +363,14 @@ def num_basis_parameters(share):
     return sum(beta.numel() + alpha.numel() for beta, alpha in share.bases.values())
 
 
-def num_task_parameters(share, task):
+def num_parameters(share, task=None):
+    """How many numbers are stored: for one task (coefficients, extras), or in all, bases too."""
+    if task is None:
+        return num_basis_parameters(share) + sum(num_parameters(share, x) for x in share.tasks)
     tensors = list(share.reconstruct(task).extras.values())  # such as a head; here there are none
     for by_task in share.coefficients.values():  # of a layer: {task: (eps_beta, eps_alpha)}
         tensors += by_task.get(task, ())
     return sum(tensor.numel() for tensor in tensors)
-
-
-def num_parameters(share, task=None):
-    """How many numbers are stored: for one task (coefficients, extras), or in all, bases too."""
-    if task is not None:
-        return num_task_parameters(share, task)
-    of_tasks = [num_task_parameters(share, name) for name in share.tasks]
-    return num_basis_parameters(share) + sum(of_tasks)
 
 
 # --- The story
@@ -387,8 +385,8 @@ def compare(s, everything=False):
     # Phase 1: bases from the first tasks' LoRA adapters. No p is given: these tasks keep rank r.
     first_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(first_adapters, variance=s.variance, stack=s.stack)
-    # Phase 2: coefficients of s.p columns for each later task. LoRA's rows begin Share's accuracy
-    # matrix, as LoRA learned these tasks: so what the bases lose of them counts as forgetting.
+    # Phase 2: coefficients of s.p columns for each later task. The accuracy matrix begins with the
+    # LoRAs' rows, so that it counts as forgetting if the bases lose something of the first tasks.
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
     share = copy.deepcopy(built)  # other_rows needs `built` as it is
     model, rows["share"] = e.learn_tasks("share", share, first_rows)
@@ -423,18 +421,19 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """The least number of tasks n >= first for which Share stores less than `other`, or None.
+    """From how many tasks on, at least `first`, Share stores less than `other`; None if never.
 
-    Share stores fixed + n * each numbers, if later tasks need no more bases. `other` has no fixed.
+    For n tasks Share stores fixed + n * each numbers, if later tasks need no more bases, and the
+    other, a LoRA for each task, n * lora. So Share stores less if n > fixed / (lora - each).
     """
     share = methods["share"]
     each = share["trained_per_task"]
-    tasks = len(share["accuracy_matrix"])
-    fixed = share["stored"] - tasks * each  # the bases, and the columns of first tasks beyond p
-    saved_by_each = methods[other]["trained_per_task"] - each
-    if saved_by_each <= 0:
+    lora = methods[other]["trained_per_task"]
+    if lora <= each:
         return None
-    return max(first, fixed // saved_by_each + 1)
+    # the bases, and what the first tasks, at rank r, store beyond p columns
+    fixed = share["stored"] - each * len(share["accuracy_matrix"])
+    return max(first, fixed // (lora - each) + 1)
 
 
 def spread(values, digits):
@@ -538,7 +537,7 @@ def share_general(e, share, model):
     s = e.s
     mixture = e.mixed_batches(s.joint_steps)
     settings = dict(p=s.general_p, lr=s.lr, seed=s.seed)
-    # Phase 2, too: this is share.learn and a loop of Adam in one call.
+    # Phase 2 as in learn_task; this has share.learn and a loop of Adam in one call.
     train_coefficients(share, model, "general", mixture, loss_fn, **settings)
     return row_of_one_task(e, share, model, "general")
 
@@ -611,7 +610,7 @@ def learn_new(e, share, tasks, p, phi=0, grow=True):
 def scaling(seed, counts, n=1024, r=8):
     """Costs by the number of tasks: times of phase 1 and of a merge, ours and as published.
 
-    Both merges load the share first. stored: Share's numbers at p = 1. apart: the adapters'.
+    stored: Share's numbers at p = 1. apart: the adapters'.
     """
     torch.manual_seed(seed)
     B_span, A_span = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in range(2)]
@@ -644,28 +643,30 @@ def seconds(times, function, *arguments):
 
 
 def load_and_merge(path, adapter):
-    """Phase 3 of an adapter from elsewhere, by `Share.merge`, which `learn` calls if phi > 0."""
-    Share.load(path).merge({"new": adapter})
+    """Load a share and merge an adapter by phase 3 (the paper's: grow=False)."""
+    Share.load(path).merge({"new": adapter}, grow=False)
 
 
 def load_and_merge_as_published(path, adapter):
-    """The published phase 3, to time it: rebuild all adapters, SVD, project.
+    """The same by the steps that the paper has, only to time it: rebuild, stack, SVD, project.
 
-    It makes bases of the centred stack but projects the stack as it is. That is as published.
+    share.py rebuilds in fewer coordinates. It also keeps the mean and the size of the bases.
     """
     share = Share.load(path)
-    factors = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
+    pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
+    B_stack = torch.cat([B for B, _ in pairs], dim=1)  # (n, columns of all tasks)
+    A_stack = torch.cat([A.T for _, A in pairs], dim=1)
+    return [new_coefficients(stack, share.variance) for stack in (B_stack, A_stack)]
 
-    def coefficients(stack):  # (n, all columns) -> (k, all columns)
-        centred = stack - stack.mean(1, keepdim=True)
-        U, S, _ = torch.linalg.svd(centred, full_matrices=False)
-        explained = S.square().cumsum(0) / S.square().sum()  # by one direction, by two, …
-        k = int((explained < share.variance).sum()) + 1  # the fewest that explain enough
-        return U[:, :k].T @ stack
 
-    B_stack = torch.cat([B for B, _ in factors], dim=1)
-    A_stack = torch.cat([A.T for _, A in factors], dim=1)
-    return coefficients(B_stack), coefficients(A_stack)
+def new_coefficients(stack, variance):
+    """Coefficients (k, m) of columns (n, m) in the paper's new basis of them."""
+    centred = stack - stack.mean(1, keepdim=True)
+    U, S, _ = torch.linalg.svd(centred, full_matrices=False)
+    explained = S.square().cumsum(0) / S.square().sum()  # by one direction, by two, …
+    k = int((explained < variance).sum()) + 1  # the fewest that explain enough
+    basis = U[:, :k]
+    return basis.T @ stack
 
 
 def svg(methods, seed):
@@ -715,7 +716,8 @@ PEFT_VARIANTS = {
 }
 # Values of init_lora_weights that leave W0 as it is; pissa, for one, changes it:
 PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# What `save_peft` leaves out: how training started; ranks, scalings, layers, which it writes anew.
+# Options that `save_peft` leaves out. The first three say how training started. The others say
+# which layers there are, at which ranks and scalings: it writes this anew.
 PEFT_DROPPED = ["eva_config", "corda_config", "loftq_config", "rank_pattern", "alpha_pattern"]
 PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]
 PEFT_NAME = r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight"
@@ -724,7 +726,7 @@ PEFT_NAME = r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight"
 def load_peft(directory):
     """The Adapter in a PEFT directory, its scaling folded into B; heads and biases become extras.
 
-    FileNotFoundError; ValueError, which names the directory, for damage and all but plain LoRA.
+    FileNotFoundError. ValueError, which names the directory, if it is damaged or no plain LoRA.
     """
     directory = Path(directory)
     text = (directory / "adapter_config.json").read_bytes()
@@ -762,7 +764,8 @@ def load_peft(directory):
 def check_extras(extras, config, directory):
     """ValueError for a LoRA tensor other than A and B, such as DoRA's lora_magnitude_vector.
 
-    Among the extras it would be stored, but never applied. A head may have a name with lora_.
+    Among the extras it would be stored, but never applied. A head called, say, lora_head is fine:
+    modules_to_save lists it.
     """
     heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
     for name in extras:
@@ -799,9 +802,9 @@ def peft_scaling(config, layer, r, directory):
 def save_peft(adapter, directory):
     """Write an Adapter for PEFT, every layer at the largest rank, padded with zeros.
 
-    The config is copied, except for the scaling, which is 1, as B has it already; the start of
-    training, which is over; and target_modules, see `peft_targets`. ValueError, before anything is
-    written, if JSON cannot hold it.
+    Of its config all is kept but PEFT_DROPPED; the scaling, which is 1 now, as B has it; and
+    target_modules, see `peft_targets`. ValueError, before anything is written, if JSON cannot hold
+    the config.
     """
     directory = Path(directory)
     r = max(len(A) for _, A in adapter.factors.values())
@@ -826,26 +829,21 @@ def save_peft(adapter, directory):
 
 
 def peft_targets(adapter):
-    """target_modules for a saved config: a regular expression that lists the adapter's layers.
+    """target_modules for a saved config: the old ones if they still fit, else a list of the layers.
 
-    Or those of the adapter's config, if they match every layer and nothing else narrows them.
+    They fit if they match every layer and nothing narrows them that `save_peft` drops. The list is
+    a regular expression.
     """
     layers = list(adapter.factors)
-    exact = "|".join(map(re.escape, layers))
-    # These narrow target_modules, and save_peft drops them. 0 is the number of a layer.
-    for key in ("exclude_modules", "layers_to_transform"):
-        if adapter.config.get(key) not in (None, [], ""):
-            return exact
     targets = adapter.config.get("target_modules") or []
-    if isinstance(targets, set):  # as LoraConfig.to_dict() has it
-        targets = sorted(targets)
-
-    def is_matched(layer):  # as in PEFT: a string is a regular expression, a list has endings
-        if isinstance(targets, str):
-            return re.fullmatch(targets, layer) is not None
-        return any(f".{layer}".endswith(f".{target}") for target in targets)
-
-    return targets if all(is_matched(layer) for layer in layers) else exact
+    if isinstance(targets, str):  # in PEFT a string is a regular expression
+        fit = all(re.fullmatch(targets, layer) for layer in layers)
+    else:  # and a list, or a set, has endings of names
+        targets = sorted(targets) if isinstance(targets, set) else targets
+        fit = all(any(f".{layer}".endswith(f".{end}") for end in targets) for layer in layers)
+    narrowing = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
+    is_narrowed = any(value not in (None, [], "") for value in narrowing)  # 0 is a layer's number
+    return targets if fit and not is_narrowed else "|".join(map(re.escape, layers))
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -853,7 +851,7 @@ def peft_targets(adapter):
 class Router:
     """Picks the task: the nearest class mean, or the base (None) when none is near (radius).
 
-    Distances are those of features (N, f) @ scale (f, f), which makes them Mahalanobis distances.
+    Features (N, f) are multiplied by scale (f, f), see `whitening`, before distances are taken.
     """
 
     tasks: list[str]
@@ -866,52 +864,57 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-        within   98 % of the samples are at most this far from the mean of the others of their task
-        between  98 % of the samples are at least this far from the nearest other task's mean
-        radius   half-way between the two, but at least within; with one task within
+        own     98 % of the samples are at most this far from the mean of the others of their task
+        other   98 % of the samples are at least this far from the nearest mean of another task
+        radius  half-way between own and other, but never less than own; with one task own
         """
         for task, x in features.items():
             if x.dim() != 2 or len(x) < 2 or not x.isfinite().all():
                 size = tuple(x.shape)
                 raise ValueError(f"task {task!r}: features {size} are not finite, (N >= 2, f)")
         samples = [x.double() for x in features.values()]
-        # A sample draws the mean of its task near. So take the mean of the others:
-        # x_i - mean of the others = (x_i - mean of all) N / (N - 1).
-        residuals = torch.cat([(x - x.mean(0)) * len(x) / (len(x) - 1) for x in samples])
+        residuals = torch.cat([leave_one_out(x) for x in samples])
         scale = whitening(residuals)
-        within = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
         means = torch.stack([x.mean(0) for x in samples]) @ scale
+        own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
         if len(samples) == 1:
-            return cls(list(features), means, scale, float(within))
-        nearest_others = []
+            return cls(list(features), means, scale, float(own))
+        to_nearest = []
         for i, x in enumerate(samples):
-            distances = torch.cdist(x @ scale, means)
-            distances[:, i] = math.inf  # not the task of the sample
-            nearest_others.append(distances.min(dim=1).values)
-        between = torch.quantile(torch.cat(nearest_others), 0.02)
-        radius = torch.maximum(within, (within + between) / 2)
+            other_means = torch.cat([means[:i], means[i + 1 :]])
+            to_nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
+        other = torch.quantile(torch.cat(to_nearest), 0.02)
+        radius = torch.maximum(own, (own + other) / 2)
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
         """features (N, f) -> for each sample its task or None, as `Share.select` takes them."""
         if features.dim() != 2 or features.shape[1] != len(self.scale):
             raise ValueError(f"features of {features.shape[-1]} numbers, not {len(self.scale)}")
-        distances, nearest = torch.cdist(features.to(self.scale) @ self.scale, self.means).min(1)
+        scaled = features.to(self.scale) @ self.scale
+        distances, nearest = torch.cdist(scaled, self.means).min(dim=1)
         pairs = zip(distances, nearest, strict=True)
         return [self.tasks[i] if distance <= self.radius else None for distance, i in pairs]
 
 
-def whitening(residuals):
-    """scale (f, f), so that the norm of r @ scale is the Mahalanobis distance of a residual r.
+def leave_one_out(x):
+    """Each sample (f) of x (N, f) minus the mean of the others: it draws its task's mean near."""
+    mean_of_others = (x.sum(0) - x) / (len(x) - 1)
+    return x - mean_of_others
 
-    With the covariance C = L L^T and scale = L^-T, ‖r L^-T‖² = r L^-T L^-1 r^T = r C^-1 r^T.
+
+def whitening(residuals):
+    """scale (f, f) with scale scale^T = C^-1, for the covariance C of residuals (N, f).
+
+    So ‖r scale‖² = r C^-1 r^T, and ‖r scale‖ is the Mahalanobis distance of a residual r.
     """
     C = residuals.T @ residuals / len(residuals)
-    # A feature that is constant has variance 0; then C would have no inverse.
+    # For an inverse no variance may be 0, as that of a constant feature is.
     variances = C.diagonal().clamp_min(1e-6 * C.max() + 1e-30)
     # Few samples make some directions look too certain: shrink C a tenth towards its diagonal.
     C = 0.9 * C + 0.1 * variances.diag()
-    return torch.linalg.inv(torch.linalg.cholesky(C)).T
+    L = torch.linalg.cholesky(C)  # C = L L^T, so that C^-1 = L^-T L^-1
+    return torch.linalg.inv(L).T
 
 
 def average(share, tasks, name, p=None):
@@ -920,6 +923,8 @@ def average(share, tasks, name, p=None):
     Coefficients cannot be averaged, as (B, A) and (-B, -A) are the same ΔW. But the mean of ΔW is
 
         (B1 A1 + B2 A2 + … + Bn An) / n = [B1 B2 … Bn] / n times [A1; A2; …; An]
+
+    In a layer that a task lacks, its ΔW is 0.
     """
     adapters = [share.reconstruct(task) for task in tasks]
     factors = {}
@@ -929,7 +934,7 @@ def average(share, tasks, name, p=None):
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
     if p is None:
-        # The columns of the stacked factors. With so many, `add` cuts nothing off.
+        # `add` cuts to p columns. This is how many there are, so it cuts nothing.
         p = max((len(A) for _, A in factors.values()), default=1)
     share.add(name, Adapter(factors), p)
 
@@ -979,8 +984,8 @@ def parse_args(argv):
             parser.error(f"{path}: there is no folder {path.parent}")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: it takes 1 or more")
-    tabled = args.all or args.seeds > 1 or args.json or args.svg  # what needs the table's rows
-    if [bool(tabled), args.sweep, args.scaling].count(True) > 1:
+    for_the_table = bool(args.all or args.seeds > 1 or args.json or args.svg)
+    if (for_the_table and (args.sweep or args.scaling)) or (args.sweep and args.scaling):
         parser.error("--sweep and --scaling go with --seed and --quick alone")
     return args
 
