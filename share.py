@@ -9,7 +9,7 @@ two bases, which all tasks have in common. A task then consists of its coefficie
     W0                   n × d             frozen; n = out_features, d = in_features
     B, A                 n × p, p × d      one task's LoRA factors, every scaling folded in
     beta, alpha          n × kβ, d × kα    orthonormal bases; k differs by layer and side
-    eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p: its adapter's rank or less
+    eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p, the pseudo-rank, is its own
 
 Phase 1 makes the bases: they are the main directions of the factors of some finished adapters.
 Phase 2 learns a new task: its coefficients are trained while the bases are frozen. Where the
@@ -29,7 +29,7 @@ share.bases is {layer: (beta, alpha)}, share.coefficients {layer: {task: (eps_be
 Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Most of
 ours is optional. Three departures from the paper are on by default:
 - Phase 1 subtracts the mean of the columns; then it adds the mean's direction to the basis, as
-  coefficients are computed without subtracting it (build_basis).
+  coefficients are computed without subtracting it (with_mean).
 - After a merge by variance no basis is smaller than before (keep_sizes).
 - `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
 """
@@ -50,7 +50,7 @@ from torch.nn import functional as F
 ROUNDING = 1e-6  # relative size below which a singular value or a column counts as 0
 
 
-# --- Part 1, the paper. The equation
+# --- Part 1, the paper. (Functions of share, and from_adapters, become methods of Share.)
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -101,7 +101,22 @@ def lora_factors(bases, eps):
     return B, A
 
 
-# --- Phase 1: bases from adapters. (from_adapters, learn and merge become methods of Share below.)
+def factors(share, layer, task):
+    """LoRA's (B (n, p), A (p, d)) of a task in a layer; None for no task, or no ΔW there."""
+    if task is None:
+        return None
+    if task == share.learning:  # in phase 2: of the parameters that are being trained
+        if layer not in share.trained:
+            return None
+        return learned_factors(share.bases[layer], share.trained[layer])
+    share._check_task(task)
+    bases, coefficients, _ = share.held
+    if task not in coefficients[layer]:
+        return None
+    return lora_factors(bases[layer], coefficients[layer][task])
+
+
+# --- Phase 1: bases from adapters
 def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=None):
     """Phase 1: a share of {task: Adapter}, one or more.
 
@@ -113,8 +128,7 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     share = cls(variance, stack)
     bases = {}
     coefficients = {}
-    pairs_by_layer = share._pairs_by_layer(adapters)  # {layer: {task: (B, A^T)}}, checked
-    for layer, pairs in pairs_by_layer.items():
+    for layer, pairs in share._pairs_by_layer(adapters).items():  # pairs: {task: (B, A^T)}
         bases[layer], full = build_layer(pairs, variance, (k, k), stack)  # one k for both sides
         coefficients[layer] = {task: best_rank(eps, p) for task, eps in full.items()}
     share._store(adapters, bases, coefficients)
@@ -158,9 +172,8 @@ def build_basis(stack, variance=0.6, k=None):
         mean = X.mean(dim=1, keepdim=True)
         # 2. Take the main directions of the rest.
         basis = main_directions(X - mean, rounding, variance)
-        # 3. Ours: add the mean's direction, unless that is rounding beside a typical column.
-        column_norm = X.norm() / X.shape[1] ** 0.5
-        basis = grow_basis(basis, mean, ROUNDING * column_norm, variance=1.0)
+        # 3. Ours: add the mean's direction.
+        basis = with_mean(basis, X)
     else:  # ours
         basis = main_directions(X, rounding, k=k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
@@ -174,9 +187,8 @@ def main_directions(X, rounding, variance=None, k=None):
     U, S = left_svd(X, rounding)
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
-        # Take those that are too few, and the next, which is enough. 1e-13: a sum that is equal to
-        # variance may come out 1e-15 less; and no direction explains less than ROUNDING² = 1e-12.
-        too_few = explained < variance - 1e-13
+        # Take those that are too few, and the next. To 12 digits, as sums have errors of rounding.
+        too_few = explained.round(decimals=12) < round(float(variance), 12)
         k = int(too_few.sum()) + 1
     return torch.linalg.qr(U[:, :k]).Q  # QR, as left_svd's U is orthonormal only roughly
 
@@ -228,8 +240,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     # 1. Start: random coefficients and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
-    # 2. The caller's loop trains the copy, and all else is frozen. For B and A in the block
-    #    ShareLinear.forward calls share.factors, and this learned_factors(bases, trained[layer]).
+    # 2. The caller's loop trains the copy, which `factors` takes in the block. All else is frozen.
     with share._training(model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Keep the layers that have moved. One that the loss never reached is at its random start.
@@ -237,8 +248,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     if phi == 0:
         share._keep(task, ends)
         return
-    # 4. With temporary columns the coefficients do not fit the bases. But B and A are those of a
-    #    finished adapter: merge it, by phase 3.
+    # 4. B and A of temporary columns do not fit the bases. Merge them as those of a new adapter.
     factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
     new = {task: Adapter(factors)}
     if grow:  # ours: the bases get all that the adapter has outside of them, and nothing is lost
@@ -250,13 +260,11 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
 def start_layer(bases, p, phi, sigma, generator):
     """The parameters of a new task in one layer, at their start, as `learned_factors` takes them.
 
-    Coefficients: N(0, sigma²) on both sides, as in the paper; so, unlike LoRA's, ΔW is not 0 at
-    the start, but small. Temporary columns: N(0, 1 / rows), of norm near 1; the paper leaves it
-    open.
+    Coefficients are N(0, sigma²) on both sides, as in the paper: ΔW is small, but not 0 as LoRA's.
+    Temporary columns are N(0, 1 / rows), of norm near 1; the paper leaves it open.
     """
     beta, alpha = bases
     parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
-    # device="cpu": where the generator is, whatever the default device
     for name, basis in (("beta", beta), ("alpha", alpha)):
         rows, k = basis.shape
         # a row for each direction of the basis and for each temporary column
@@ -287,11 +295,9 @@ def learned_factors(bases, parameters):
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}. The layers that they have get new bases and coefficients.
 
-    Their bases are made anew, so that earlier tasks may change, see `retained`. The size is
-    by variance  see `build_basis`; None takes the share's. No basis gets smaller (ours), unless
-                 its tasks span fewer directions than it has, as after `remove`.
-    or by k      if it is given. A basis may get smaller.
-
+    Earlier tasks may change, see `retained`. variance: see `build_basis`; if None, the share's. By
+    it no basis gets smaller (ours), unless its tasks span fewer directions, as after `remove`.
+    k: a size in place of it. By it a basis may get smaller.
     grow=True (ours): bases and earlier tasks stay. Each new adapter adds directions that explain
     `variance` of what it has outside the bases; or, with k, until a basis has k.
     """
@@ -336,10 +342,10 @@ def merge_layer(bases, old, new, variance, k, stacking):
 def keep_sizes(merged, bases, pairs, variance, stacking):
     """Ours: merged; but where a basis got smaller, phase 1 again with the size that it had before.
 
-    By variance alone each merge would keep, say, 60 % of the 60 % that the last one has kept. A
-    smaller basis is usual where few adapters are merged into many. With a size `build_basis` takes
-    the columns as they are: it neither subtracts nor adds the mean. If the other basis did not get
-    smaller, it comes out as it is in merged.
+    The rebuilt factors lie in the old basis, and fewer directions explain, say, 60 % of them: by
+    variance alone each merge would keep 60 % of the 60 % that the last one has kept. With a size
+    `build_basis` takes the columns as they are: it neither subtracts nor adds the mean. If the
+    other basis did not get smaller, it comes out as it is in merged.
     """
     new_bases, _ = merged
     sizes = [None, None]
@@ -356,9 +362,9 @@ def fast_merge_layer(bases, old, new, **rule):
     """merge_layer(bases, old, new, **rule) with columns of q numbers in place of n.
 
     All columns x that it sees lie in the span of the old basis and the new factors. Let Q (n, q) be
-    an orthonormal basis of this span. Then y = Q^T x are coordinates of x, and x = Q y. As lengths
-    and angles are the same in these, so is the merge: it finds the same coefficients, and of each
-    new direction the coordinates.
+    an orthonormal basis of this span. Then y = Q^T x are coordinates of x, and x = Q y. Lengths and
+    angles are the same in coordinates. So the merge finds the same directions, as coordinates, and
+    the same coefficients. (The signs of a direction and its coefficients may differ.)
     """
     # 1. Find Q for each side.
     beta, alpha = bases
@@ -386,10 +392,11 @@ class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
     # Functions of Part 1 as methods: on the right of each = is the function. What it calls share is
-    # self. The first two leave inference_mode, as a tensor that is made in it can never be trained.
-    from_adapters = classmethod(torch.inference_mode(False)(from_adapters))
-    merge = torch.inference_mode(False)(merge)
+    # self.
+    factors = factors
+    from_adapters = classmethod(from_adapters)
     learn = learn
+    merge = merge
 
     def __init__(self, variance=0.6, stack="factors"):
         check_numbers(variance)
@@ -474,20 +481,6 @@ class Share:
                 self._check_task(name)
         self.selected = selected
 
-    def factors(self, layer, task):
-        """LoRA's (B (n, p), A (p, d)) of a task in a layer; None for no task, or no ΔW there."""
-        if task is None:
-            return None
-        if task == self.learning:  # in a block of `learn`: from what is trained there
-            if layer not in self.trained:
-                return None
-            return learned_factors(self.bases[layer], self.trained[layer])
-        self._check_task(task)
-        bases, coefficients, _ = self.held  # at once: another thread may merge
-        if task not in coefficients[layer]:
-            return None
-        return lora_factors(bases[layer], coefficients[layer][task])
-
     def reconstruct(self, task):
         """The Adapter that the share holds for a task, a copy, with its extras and config."""
         self._check_task(task)
@@ -532,7 +525,6 @@ class Share:
         return model
 
     # --- Ours: a task more, a task less
-    @torch.inference_mode(False)
     def add(self, task, adapter, p=None):
         """Project one more task onto the bases; what is outside is lost. p: see `from_adapters`."""
         check_numbers(p=p)
@@ -563,7 +555,8 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
-        # The paper has phi < k. Here k differs by layer and side: the largest counts.
+        # The paper has phi < k. But phi is one number, and k differs by layer and side: so it is
+        # enough to be below the largest.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
         max_k = max(sizes, default=0)
         if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
@@ -720,19 +713,24 @@ class Share:
                 layers.setdefault(layer, {})[task] = pair
         return layers
 
+    @torch.inference_mode(False)  # a tensor that is made in this mode could never be trained
     def _store(self, adapters, new_bases, new_coefficients):
-        """Take in tasks: new bases, coefficients (cast as the bases are), and a record of each."""
+        """Take in copies of new bases and coefficients, and a record of each of the adapters.
+
+        A merge has coefficients of all tasks, but adapters of the new ones: earlier tasks keep
+        their records, with the ‖ΔW‖² that they had at first.
+        """
         self._check_idle()
-        bases = self.bases | new_bases
-        # Coefficients may be of all tasks, as after a merge.
+        bases = dict(self.bases)
+        for layer, (beta, alpha) in new_bases.items():
+            bases[layer] = beta.clone(), alpha.clone()
         coefficients = dict(self.coefficients)
         for layer, found in new_coefficients.items():
             beta, alpha = bases[layer]
             by_task = dict(coefficients.get(layer, {}))
             for task, (eps_beta, eps_alpha) in found.items():
-                by_task[task] = eps_beta.to(beta), eps_alpha.to(alpha)
+                by_task[task] = eps_beta.to(beta, copy=True), eps_alpha.to(alpha, copy=True)
             coefficients[layer] = by_task
-        # Records are of the new tasks alone: old ones keep the energy that they had at first.
         records = dict(self.records)
         for task, adapter in adapters.items():
             extras = {name: extra.detach().clone() for name, extra in adapter.extras.items()}
@@ -827,16 +825,29 @@ def best_rank(eps, p):
 
 
 # --- Ours
+def with_mean(basis, X):
+    """Ours: a basis, and beside it the direction of the mean of the columns X (n, m), in float64.
+
+    `project` does not subtract the mean, so the basis has to hold it. It may do so already.
+    """
+    mean = X.mean(dim=1, keepdim=True)
+    missing = mean - basis @ (basis.T @ mean)
+    column_norm = X.norm() / X.shape[1] ** 0.5  # of a typical column
+    if missing.norm() <= ROUNDING * column_norm:
+        return basis
+    return torch.cat([basis, missing / missing.norm()], dim=1)
+
+
 def update_columns(B, A_T):
-    """Ours: C (n, r) and D (d, r) with the left and with the right singular vectors of ΔW = B A.
+    """Ours: columns C and D with the left and with the right singular vectors of ΔW = B A.
 
     With A^T = Q_A R_A and B = Q_B R_B, where the columns of each Q are orthonormal,
 
         ΔW   = B A     = B R_A^T Q_A^T    = C Q_A^T  with  C = B R_A^T
         ΔW^T = A^T B^T = A^T R_B^T Q_B^T  = D Q_B^T  with  D = A^T R_B^T
 
-    The Q's only rotate: C has ΔW's left singular vectors and singular values, D those of ΔW^T. B
-    alone has not: 2 B and A / 2 have the same ΔW.
+    As Q_A^T only rotates, C has ΔW's left singular vectors and singular values; D has those of
+    ΔW^T. B alone has others: 2 B and A / 2 have the same ΔW.
     """
     B, A_T = B.double(), A_T.double()
     R_A = torch.linalg.qr(A_T, mode="r").R
@@ -847,27 +858,28 @@ def update_columns(B, A_T):
 
 
 def bases_of_updates(pairs, variance, sizes):
-    """Ours, for "updates": the main directions of all tasks' C, and of all D, see update_columns.
+    """Ours, for "updates": the main directions of the tasks' C, and of their D, of norm 1 each.
 
-    Each is divided by its norm, which is ‖ΔW‖, so that all tasks weigh the same. No mean is
-    subtracted: the columns of C may be rotated, and their mean changes by that.
+    No mean is subtracted: C is determined up to a rotation of its columns, their mean is not.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
-    # A ΔW far smaller than the largest may be rounding. It is divided by more, and stays small.
-    floor = ROUNDING * max(C.norm() for C, _ in updates) + 1e-300  # 1e-300: if all are 0
-    Cs = []
-    Ds = []
-    for C, D in updates:
-        norm = C.norm().clamp_min(floor)
-        Cs.append(C / norm)
-        Ds.append(D / norm)
-    first_B, _ = next(iter(pairs.values()))
     bases = []
-    for columns, k in ((Cs, sizes[0]), (Ds, sizes[1])):
-        X = torch.cat(columns, dim=1)
-        basis = main_directions(X, ROUNDING * X.norm(), variance, k)
-        bases.append(basis.to(first_B.dtype))
+    for side in (0, 1):
+        X = side_by_side([update[side] for update in updates])
+        basis = main_directions(X, ROUNDING * X.norm(), variance, sizes[side])
+        dtype = next(iter(pairs.values()))[side].dtype
+        bases.append(basis.to(dtype))
     return tuple(bases)
+
+
+def side_by_side(matrices):
+    """Matrices (n, r) as one (n, m), each divided by its norm: all tasks weigh the same."""
+    norms = torch.stack([matrix.norm() for matrix in matrices])
+    # A matrix far smaller than the largest may be rounding. It is divided by more, and stays small.
+    floor = ROUNDING * norms.max() + 1e-300  # 1e-300: if all are 0, 0 / 1e-300 is 0
+    norms = norms.clamp_min(floor)
+    scaled = [matrix / norm for matrix, norm in zip(matrices, norms, strict=True)]
+    return torch.cat(scaled, dim=1)
 
 
 def grow_layer(bases, old, new, variance, k, stacking):
@@ -898,22 +910,15 @@ def with_rows(eps, basis):
     return torch.cat([eps, eps.new_zeros(basis.shape[1] - len(eps), eps.shape[1])])
 
 
-def grow_basis(basis, X, rounding, variance, k=None):
-    """A basis, and beside it the main directions of what X (n, m) has outside of it.
+def grow_basis(basis, X, rounding, variance, k):
+    """A basis, and beside it the main directions of what X (n, m), in float64, has outside of it.
 
     rounding, variance, k: see `main_directions`; no mean is subtracted.
     """
-    added = main_directions(outside_of(basis, X), rounding, variance, k)
-    # Project again. A float32 basis is orthonormal to 1e-7, so that outside_of leaves 1e-7 of X
-    # inside. If only 1e-6 of X is outside, that is a tenth of it.
-    added = torch.linalg.qr(outside_of(basis, added)).Q
+    Q = torch.linalg.qr(basis.double()).Q  # the basis may be float32, and orthonormal only to 1e-7
+    outside = X - Q @ (Q.T @ X)
+    added = main_directions(outside, rounding, variance, k)
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
-
-
-def outside_of(basis, X):
-    """The part of the columns X (n, m), in float64, that is orthogonal to a basis."""
-    basis = basis.double()
-    return X - basis @ (basis.T @ X)
 
 
 # --- Mixed batches
@@ -981,10 +986,16 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
-                # inference_mode: in it any buffer can be written, outside of it none that was made
-                # in it. suppress: an expanded buffer cannot be written at all, and stays.
-                with torch.inference_mode(), contextlib.suppress(RuntimeError):
-                    buffer.copy_(buffers[name])
+                put_back(buffer, buffers[name])
+
+
+def put_back(buffer, value):
+    """Write a buffer, or leave it if PyTorch cannot write it."""
+    try:
+        with torch.inference_mode():  # the only mode that can write a buffer that was made in it
+            buffer.copy_(value)
+    except RuntimeError:  # an expanded buffer, all of whose elements are one number in memory
+        pass
 
 
 def no_fast_path(linear, inputs):

@@ -75,7 +75,9 @@ class Settings:
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
     # Share; its rate does not fall
-    stack: str = "updates"  # or "factors", the paper's: see `bases_of_updates` in share.py
+    # "factors", the paper's: the bases are main directions of the adapters' B and A^T;
+    # "updates", ours: of the singular vectors of their B A, each weighted by its singular value
+    stack: str = "updates"
     variance: float = 0.95  # that the bases explain
     p: int = 1  # pseudo-rank: columns of a later task's coefficients
     general_p: int = 4  # columns of the one set of coefficients in share_general
@@ -87,12 +89,13 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 
 
 # --- The data, the loss and the base model
-# Every use of random numbers has a number: t the training on task t, len(keys) that on all tasks.
+# Each use of random numbers has a stream: t is training on task t, the number of tasks is training
+# on all of them, and these two are the rest.
 PRETRAINING, TESTS = 98, 99  # TESTS has the keys, too
 
 
-def new_generator(s, use):
-    return torch.Generator().manual_seed(100 * s.seed + use)
+def new_generator(s, stream):
+    return torch.Generator().manual_seed(100 * s.seed + stream)
 
 
 def make_batch(generator, keys, tags=None):
@@ -238,7 +241,7 @@ class Experiment:
         return [accuracy(model, test) for test in self.tests[:count]]
 
     def matrix_row(self, learned):
-        """A row of the accuracy matrix, see `metrics`: on learned tasks, then the base's."""
+        """Accuracies on all tasks: on those learned so far, and the base's on the rest."""
         return learned + self.base_accuracies[len(learned) :]
 
     def new_lora(self, start_name, r):
@@ -278,9 +281,10 @@ class Experiment:
     def learn_task(self, share, model, t, p, phi=0, grow=True):
         """Phase 2: train coefficients of p columns for task t, while the bases are frozen.
 
-        Returns the last loss, and how many numbers were trained. phi > 0 adds phase 3: phi columns
-        C beside each basis are trained, too, with B = [beta, C] eps_beta, and A likewise. Then
+        Returns the last loss, and how many numbers were trained.
 
+        With phi > 0 phase 3 follows: phi columns C beside each basis are trained, too, with
+        B = [beta, C] eps_beta and A likewise, and at the end they are merged into the bases.
         grow=True   (ours) directions are added to the bases; earlier tasks stay as they are
         grow=False  (the paper's) new bases are made from all tasks; earlier ones may lose
         """
@@ -300,9 +304,9 @@ class Experiment:
         return accuracies
 
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
-        """Learn the tasks that the share lacks. Returns the model and the row.
+        """Learn the tasks that the share lacks, in order. Returns the model and the row.
 
-        first_rows: the rows of the accuracy matrix for the tasks that it has.
+        first_rows: rows of the accuracy matrix, one for each task that it has, names[0] and so on.
         """
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
@@ -316,20 +320,20 @@ class Experiment:
 
 # --- Rows of the table
 def metrics(matrix):
-    """Three numbers of a matrix; matrix[i][j]: accuracy on task j after learning tasks 0 to i.
+    """Three numbers of matrix[i][j], the accuracy on task j after learning tasks 0 to i.
 
-    acc         mean over j of last[j], the last row
-    bwt         mean over j of last[j] - matrix[j][j] (Lopez-Paz and Ranzato 2017)
-    forgetting  mean over j of the best matrix[i][j] above the last row - last[j] (Chaudhry et al.
-                2018)
+    acc         the mean of the last row, which are the accuracies at the end
+    bwt         at the end, minus just after task j was learned (Lopez-Paz and Ranzato 2017)
+    forgetting  the best ever before the end, minus at the end (Chaudhry et al. 2018)
 
-    The last two leave out the last task. For i < j, where task j is not learned yet, matrix[i][j]
-    is the base's accuracy.
+    The latter two are means over all tasks j but the last. Before task j is learned (i < j),
+    matrix[i][j] is the base's accuracy.
     """
     *earlier, last = matrix
     tasks = range(len(earlier))
+    best = [max(row[j] for row in earlier) for j in tasks]
     bwt = mean([last[j] - matrix[j][j] for j in tasks])
-    forgetting = mean([max(row[j] for row in earlier) - last[j] for j in tasks])
+    forgetting = mean([best[j] - last[j] for j in tasks])
     return {"accuracy_matrix": matrix, "acc": mean(last), "bwt": bwt, "forgetting": forgetting}
 
 
@@ -385,8 +389,8 @@ def compare(s, everything=False):
     # Phase 1: bases from the first tasks' LoRA adapters. No p is given: these tasks keep rank r.
     first_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(first_adapters, variance=s.variance, stack=s.stack)
-    # Phase 2: coefficients of s.p columns for each later task. The accuracy matrix begins with the
-    # LoRAs' rows, so that it counts as forgetting if the bases lose something of the first tasks.
+    # Phase 2: coefficients of s.p columns for each later task. The first rows of the accuracy matrix
+    # are those of the first tasks' LoRAs: if the bases lose some of that, it counts as forgetting.
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
     share = copy.deepcopy(built)  # other_rows needs `built` as it is
     model, rows["share"] = e.learn_tasks("share", share, first_rows)
@@ -423,8 +427,9 @@ def check(methods):
 def break_even(methods, other, first):
     """From how many tasks on, at least `first`, Share stores less than `other`; None if never.
 
-    For n tasks Share stores fixed + n * each numbers, if later tasks need no more bases, and the
-    other, a LoRA for each task, n * lora. So Share stores less if n > fixed / (lora - each).
+    For n tasks Share stores fixed + n * each numbers, as a task stores what it trains and later
+    tasks need no more bases; the other, a LoRA for each task, n * lora. So Share stores less if
+    n > fixed / (lora - each).
     """
     share = methods["share"]
     each = share["trained_per_task"]
@@ -475,7 +480,7 @@ def other_rows(e, built, first_rows, share, model):
     # For comparison: all tasks in random bases, the first ones, too; one LoRA for all at once.
     _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, e.s.seed), [])
     rows["lora_joint"] = lora_joint(e)
-    # Routing needs the share with all tasks as it is. The other two each add a task to it.
+    # These three use the share with all tasks. The last two add a task to it: so routing is first.
     rows["share_routed"] = share_routed(e, share, model)
     rows["share_average"] = share_average(e, share, model)
     rows["share_general"] = share_general(e, share, model)
@@ -648,10 +653,7 @@ def load_and_merge(path, adapter):
 
 
 def load_and_merge_as_published(path, adapter):
-    """The same by the steps that the paper has, only to time it: rebuild, stack, SVD, project.
-
-    share.py rebuilds in fewer coordinates. It also keeps the mean and the size of the bases.
-    """
+    """The same by the paper's steps, only to time it: rebuild, stack, SVD, project."""
     share = Share.load(path)
     pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
     B_stack = torch.cat([B for B, _ in pairs], dim=1)  # (n, columns of all tasks)
@@ -660,7 +662,10 @@ def load_and_merge_as_published(path, adapter):
 
 
 def new_coefficients(stack, variance):
-    """Coefficients (k, m) of columns (n, m) in the paper's new basis of them."""
+    """Coefficients (k, m) of columns (n, m) in the paper's new basis of them.
+
+    As in the paper, the SVD sees the centred columns, and the columns are projected as they are.
+    """
     centred = stack - stack.mean(1, keepdim=True)
     U, S, _ = torch.linalg.svd(centred, full_matrices=False)
     explained = S.square().cumsum(0) / S.square().sum()  # by one direction, by two, …
@@ -699,21 +704,11 @@ def svg(methods, seed):
 
 
 # --- PEFT's files
-# Options of LoraConfig (PEFT 0.21) with which a layer is not W0 x + scaling B A x, and how so. An
-# adapter with one of them set is refused.
-PEFT_VARIANTS = {
-    "use_dora": "another forward pass",
-    "lora_bias": "another forward pass",
-    "use_qalora": "another forward pass",
-    "use_bdlora": "another forward pass",
-    "arrow_config": "another forward pass",
-    "kasa_config": "another forward pass",
-    "monteclora_config": "another forward pass",
-    "target_parameters": "weights that are not of an nn.Linear",
-    "trainable_token_indices": "weights that are not of an nn.Linear",
-    "alora_invocation_tokens": "some tokens only",
-    "layer_replication": "more layers",
-}
+# Options of LoraConfig (PEFT 0.21) with which a layer is not W0 x + scaling B A x: refused.
+PEFT_VARIANTS = ["use_dora", "lora_bias", "use_qalora", "use_bdlora"]  # another forward pass
+PEFT_VARIANTS += ["arrow_config", "kasa_config", "monteclora_config"]  # another forward pass
+PEFT_VARIANTS += ["target_parameters", "trainable_token_indices"]  # weights not of an nn.Linear
+PEFT_VARIANTS += ["alora_invocation_tokens", "layer_replication"]  # some tokens only; more layers
 # Values of init_lora_weights that leave W0 as it is; pissa, for one, changes it:
 PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Options that `save_peft` leaves out. The first three say how training started. The others say
@@ -800,11 +795,11 @@ def peft_scaling(config, layer, r, directory):
 
 
 def save_peft(adapter, directory):
-    """Write an Adapter for PEFT, every layer at the largest rank, padded with zeros.
+    """Write an Adapter for PEFT. Every layer gets the largest rank, padded with zeros.
 
-    Of its config all is kept but PEFT_DROPPED; the scaling, which is 1 now, as B has it; and
-    target_modules, see `peft_targets`. ValueError, before anything is written, if JSON cannot hold
-    the config.
+    Its config is kept, but for the options in PEFT_DROPPED and these: r; lora_alpha and use_rslora,
+    so that the scaling is 1, as B has it already; init_lora_weights; target_modules, see
+    `peft_targets`. If JSON cannot hold the config: ValueError, and nothing is written.
     """
     directory = Path(directory)
     r = max(len(A) for _, A in adapter.factors.values())
@@ -813,7 +808,7 @@ def save_peft(adapter, directory):
     config |= {"init_lora_weights": True, "target_modules": peft_targets(adapter)}
     tensors = dict(adapter.extras)
     for layer, (B, A) in adapter.factors.items():  # readers that know one rank need it everywhere
-        missing = r - len(A)
+        missing = r - len(A)  # rows of A, columns of B
         tensors[f"base_model.model.{layer}.lora_A.weight"] = F.pad(A, (0, 0, 0, missing))
         tensors[f"base_model.model.{layer}.lora_B.weight"] = F.pad(B, (0, missing))
     for name, tensor in tensors.items():  # safetensors takes no views
@@ -829,21 +824,22 @@ def save_peft(adapter, directory):
 
 
 def peft_targets(adapter):
-    """target_modules for a saved config: the old ones if they still fit, else a list of the layers.
+    """target_modules to save: the old value if it names all layers, else one that lists them.
 
-    They fit if they match every layer and nothing narrows them that `save_peft` drops. The list is
-    a regular expression.
+    The old value is a regular expression, or a list or set of endings of names.
     """
-    layers = list(adapter.factors)
+    listed = "|".join(map(re.escape, adapter.factors))
+    for key in ("exclude_modules", "layers_to_transform"):  # save_peft drops both
+        if adapter.config.get(key) not in (None, [], ""):  # 0 is the number of a layer
+            return listed  # the old value would name more than the layers now
     targets = adapter.config.get("target_modules") or []
-    if isinstance(targets, str):  # in PEFT a string is a regular expression
-        fit = all(re.fullmatch(targets, layer) for layer in layers)
-    else:  # and a list, or a set, has endings of names
-        targets = sorted(targets) if isinstance(targets, set) else targets
-        fit = all(any(f".{layer}".endswith(f".{end}") for end in targets) for layer in layers)
-    narrowing = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
-    is_narrowed = any(value not in (None, [], "") for value in narrowing)  # 0 is a layer's number
-    return targets if fit and not is_narrowed else "|".join(map(re.escape, layers))
+    if isinstance(targets, set):  # which JSON does not have
+        targets = sorted(targets)
+    pattern = targets
+    if isinstance(targets, list):
+        pattern = "|".join(rf"(.*\.)?{re.escape(ending)}" for ending in targets)
+    names_all = all(re.fullmatch(pattern, layer) for layer in adapter.factors)
+    return targets if names_all else listed
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -864,8 +860,8 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-        own     98 % of the samples are at most this far from the mean of the others of their task
-        other   98 % of the samples are at least this far from the nearest mean of another task
+        own     the distance of samples to the mean of the others of their task: 98 % are nearer
+        other   the distance of samples to the nearest mean of another task: 98 % are farther
         radius  half-way between own and other, but never less than own; with one task own
         """
         for task, x in features.items():
@@ -898,22 +894,23 @@ class Router:
 
 
 def leave_one_out(x):
-    """Each sample (f) of x (N, f) minus the mean of the others: it draws its task's mean near."""
+    """Each sample of x (N, f) minus the mean of the other N - 1.
+
+    The mean of all N would be nearer, as the sample is one of them.
+    """
     mean_of_others = (x.sum(0) - x) / (len(x) - 1)
     return x - mean_of_others
 
 
 def whitening(residuals):
-    """scale (f, f) with scale scale^T = C^-1, for the covariance C of residuals (N, f).
+    """scale (f, f) with scale scale^T = C^-1, so that ‖r scale‖ is the Mahalanobis distance of r.
 
-    So ‖r scale‖² = r C^-1 r^T, and ‖r scale‖ is the Mahalanobis distance of a residual r.
+    C is the covariance of residuals r (N, f), a tenth shrunk towards its diagonal D, as few samples
+    make some directions look too certain. In D a constant feature gets a small variance, not 0.
     """
     C = residuals.T @ residuals / len(residuals)
-    # For an inverse no variance may be 0, as that of a constant feature is.
-    variances = C.diagonal().clamp_min(1e-6 * C.max() + 1e-30)
-    # Few samples make some directions look too certain: shrink C a tenth towards its diagonal.
-    C = 0.9 * C + 0.1 * variances.diag()
-    L = torch.linalg.cholesky(C)  # C = L L^T, so that C^-1 = L^-T L^-1
+    D = C.diagonal().clamp_min(1e-6 * C.diagonal().max() + 1e-30).diag()
+    L = torch.linalg.cholesky(0.9 * C + 0.1 * D)  # L L^T is the shrunk C; its inverse is L^-T L^-1
     return torch.linalg.inv(L).T
 
 
