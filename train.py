@@ -389,8 +389,8 @@ def compare(s, everything=False):
     # Phase 1: bases from the first tasks' LoRA adapters. No p is given: these tasks keep rank r.
     first_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(first_adapters, variance=s.variance, stack=s.stack)
-    # Phase 2: coefficients of s.p columns for each later task. The first rows of the accuracy matrix
-    # are those of the first tasks' LoRAs: if the bases lose some of that, it counts as forgetting.
+    # Phase 2: coefficients of s.p columns for each later task. The accuracy matrix begins with rows
+    # of the first tasks' LoRAs: if the bases lose some of that, it counts as forgetting.
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
     share = copy.deepcopy(built)  # other_rows needs `built` as it is
     model, rows["share"] = e.learn_tasks("share", share, first_rows)
