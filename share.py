@@ -9,7 +9,7 @@ two bases, which all tasks have in common. A task then consists of its coefficie
     W0                   n × d             frozen; n = out_features, d = in_features
     B, A                 n × p, p × d      one task's LoRA factors, every scaling folded in
     beta, alpha          n × kβ, d × kα    orthonormal bases; k differs by layer and side
-    eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p, the pseudo-rank, is its own
+    eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p, the pseudo-rank, may differ
 
 Phase 1 makes the bases: they are the main directions of the factors of some finished adapters.
 Phase 2 learns a new task: its coefficients are trained while the bases are frozen. Where the
@@ -25,7 +25,6 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     print(share.retained())  # the part of each task's ΔW that is left: with variance=1.0 all of it
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
-share.bases is {layer: (beta, alpha)}, share.coefficients {layer: {task: (eps_beta, eps_alpha)}}.
 Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Most of
 ours is optional. Three departures from the paper are on by default:
 - Phase 1 subtracts the mean of the columns; then it adds the mean's direction to the basis, as
@@ -82,10 +81,10 @@ class ShareLinear(nn.Linear):
         if isinstance(task, tuple):  # ours: a task for each sample
             delta_x = mixed_batch(self.share, self.layer, task, input)
         else:
-            factors = self.share.factors(self.layer, task)
-            if factors is None:  # no task, or one that leaves this layer alone
+            pair = task_factors(self.share, self.layer, task)
+            if pair is None:  # no task, or one that leaves this layer alone
                 return h
-            B, A = factors  # beta eps_beta and (alpha eps_alpha)^T, formed once per call
+            B, A = pair  # beta eps_beta and (alpha eps_alpha)^T, formed once per call
             delta_x = F.linear(F.linear(input.to(A.dtype), A), B)  # B (A x)
         return (h + delta_x).to(h.dtype)
 
@@ -101,7 +100,7 @@ def lora_factors(bases, eps):
     return B, A
 
 
-def factors(share, layer, task):
+def task_factors(share, layer, task):
     """LoRA's (B (n, p), A (p, d)) of a task in a layer; None for no task, or no ΔW there."""
     if task is None:
         return None
@@ -110,7 +109,7 @@ def factors(share, layer, task):
             return None
         return learned_factors(share.bases[layer], share.trained[layer])
     share._check_task(task)
-    bases, coefficients, _ = share.held
+    bases, coefficients, _ = share.held  # read once, as another thread may replace it
     if task not in coefficients[layer]:
         return None
     return lora_factors(bases[layer], coefficients[layer][task])
@@ -129,8 +128,8 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     bases = {}
     coefficients = {}
     for layer, pairs in share._pairs_by_layer(adapters).items():  # pairs: {task: (B, A^T)}
-        bases[layer], full = build_layer(pairs, variance, (k, k), stack)  # one k for both sides
-        coefficients[layer] = {task: best_rank(eps, p) for task, eps in full.items()}
+        bases[layer], uncut = build_layer(pairs, variance, (k, k), stack)  # one k for both sides
+        coefficients[layer] = {task: best_rank(eps, p) for task, eps in uncut.items()}
     share._store(adapters, bases, coefficients)
     return share
 
@@ -139,8 +138,8 @@ def build_layer(pairs, variance, sizes, stacking):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    sizes (ours): (k of beta, k of alpha), where a k may be None, see `build_basis`. stacking: the
-    paper's "factors", or ours, "updates".
+    sizes (ours): (k of beta, k of alpha); None in place of a k: by variance. stacking: the paper's
+    "factors", or ours, "updates".
     """
     if stacking == "factors":
         # 1. Put the B's of all tasks side by side, and their A^T's.
@@ -158,9 +157,9 @@ def build_layer(pairs, variance, sizes, stacking):
 def build_basis(stack, variance=0.6, k=None):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    k=None  the paper's: the fewest that explain `variance` of the columns minus their mean;
-            and, ours, the mean's direction, as `project` does not subtract the mean.
-    k       ours: the first k directions of the columns as they are, or as many as their rank.
+    With k=None, the paper's rule: subtract the mean column, and take the fewest directions that
+    explain `variance` of the rest. Ours: then add the mean's direction, see `with_mean`.
+    With a k, ours: take the first k directions of the columns as they are, or as many as there are.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -187,8 +186,8 @@ def main_directions(X, rounding, variance=None, k=None):
     U, S = left_svd(X, rounding)
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
-        # Take those that are too few, and the next. To 12 digits, as sums have errors of rounding.
-        too_few = explained.round(decimals=12) < round(float(variance), 12)
+        # If they explain 0.5, 0.8, 1.0, and variance is 0.6, one is too few, and k = 2.
+        too_few = explained < variance - 1e-13  # 1e-13: the sums have errors of rounding
         k = int(too_few.sum()) + 1
     return torch.linalg.qr(U[:, :k]).Q  # QR, as left_svd's U is orthonormal only roughly
 
@@ -231,16 +230,17 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
-    phi: temporary columns beside each basis; 0, or less than the largest k. Take phi <= p: the p
-    columns of B are p mixtures of them, so more are of no use. Afterwards the task is merged,
-        grow=False  by the paper's phase 3, which may lose much of it, see `retained`;
-        grow=True   by ours, the default, which adds directions to the bases and loses nothing.
+    phi: temporary columns beside each basis: 0, or less than the largest k. More than p are of no
+    use: B has p columns, so that p of them give it all that it can have outside of the basis.
+    grow: with phi > 0 the task is merged afterwards; False: by the paper's phase 3, which may lose
+    much of it, see `retained`; True (ours): by adding directions to the bases, which loses nothing.
     finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
     """
     # 1. Start: random coefficients and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
-    # 2. The caller's loop trains the copy, which `factors` takes in the block. All else is frozen.
+    # 2. The caller's loop trains the copy: in the block it is share.trained, of which task_factors
+    #    makes B and A for ShareLinear.forward. All else is frozen.
     with share._training(model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Keep the layers that have moved. One that the loss never reached is at its random start.
@@ -250,11 +250,10 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
         return
     # 4. B and A of temporary columns do not fit the bases. Merge them as those of a new adapter.
     factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-    new = {task: Adapter(factors)}
-    if grow:  # ours: the bases get all that the adapter has outside of them, and nothing is lost
-        share.merge(new, variance=1.0, grow=True)
+    if grow:  # ours
+        share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
     else:  # the paper's
-        share.merge(new)
+        share.merge({task: Adapter(factors)})
 
 
 def start_layer(bases, p, phi, sigma, generator):
@@ -295,9 +294,9 @@ def learned_factors(bases, parameters):
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}. The layers that they have get new bases and coefficients.
 
-    Earlier tasks may change, see `retained`. variance: see `build_basis`; if None, the share's. By
-    it no basis gets smaller (ours), unless its tasks span fewer directions, as after `remove`.
-    k: a size in place of it. By it a basis may get smaller.
+    Earlier tasks may change, see `retained`.
+    variance: see `build_basis`; None is the share's. No basis gets smaller by it (ours), unless its
+    tasks span fewer directions, as after `remove`. k: the size, in place of it; it may be smaller.
     grow=True (ours): bases and earlier tasks stay. Each new adapter adds directions that explain
     `variance` of what it has outside the bases; or, with k, until a basis has k.
     """
@@ -312,8 +311,8 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, (k, k), share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # the paper's: the result is that of merge_layer, below, in less time
-            merged = fast_merge_layer(share.bases[layer], share.coefficients[layer], new, **rule)
+        else:  # the paper's
+            merged = faster(merge_layer, share.bases[layer], share.coefficients[layer], new, **rule)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
@@ -340,46 +339,47 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 # --- Part 2, everything else. Behind merge
 def keep_sizes(merged, bases, pairs, variance, stacking):
-    """Ours: merged; but where a basis got smaller, phase 1 again with the size that it had before.
+    """Ours: merged; but a basis that got smaller is made again with its old size.
 
     The rebuilt factors lie in the old basis, and fewer directions explain, say, 60 % of them: by
     variance alone each merge would keep 60 % of the 60 % that the last one has kept. With a size
-    `build_basis` takes the columns as they are: it neither subtracts nor adds the mean. If the
-    other basis did not get smaller, it comes out as it is in merged.
+    `build_basis` does not subtract the mean. None stands for a basis that did not get smaller: it
+    is made by variance, as in merged.
     """
-    new_bases, _ = merged
-    sizes = [None, None]
-    for side in (0, 1):
-        old_size = bases[side].shape[1]
-        if new_bases[side].shape[1] < old_size:
-            sizes[side] = old_size
-    if sizes == [None, None]:
+    beta, alpha = bases
+    (new_beta, new_alpha), _ = merged
+    k_beta = beta.shape[1] if new_beta.shape[1] < beta.shape[1] else None
+    k_alpha = alpha.shape[1] if new_alpha.shape[1] < alpha.shape[1] else None
+    if k_beta is None and k_alpha is None:
         return merged
-    return build_layer(pairs, variance, sizes, stacking)
+    return build_layer(pairs, variance, (k_beta, k_alpha), stacking)
 
 
-def fast_merge_layer(bases, old, new, **rule):
-    """merge_layer(bases, old, new, **rule) with columns of q numbers in place of n.
+def faster(merge_layer, bases, old, new, **rule):
+    """merge_layer(bases, old, new, **rule), with columns of q numbers in place of n.
 
-    All columns x that it sees lie in the span of the old basis and the new factors. Let Q (n, q) be
-    an orthonormal basis of this span. Then y = Q^T x are coordinates of x, and x = Q y. Lengths and
-    angles are the same in coordinates. So the merge finds the same directions, as coordinates, and
-    the same coefficients. (The signs of a direction and its coefficients may differ.)
+    All columns of merge_layer are in the span of the old basis and the new factors. Let Q (n, q) be
+    an orthonormal basis of this span, and Y = Q^T X their coordinates, so that X = Q Y. Then
+
+        mean          mean(X) = Q mean(Y)
+        directions    Y = U S V^T gives X = (Q U) S V^T, so that the basis is Q U
+        coefficients  (Q U)^T X = U^T Y, the same
+
+    (The signs of a direction and its coefficients may differ.)
     """
     # 1. Find Q for each side.
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
-    # 2. Take coordinates. Old coefficients stay: x = beta eps gives y = (Q^T beta) eps.
-    short_bases = matmul64(Q_beta.T, beta), matmul64(Q_alpha.T, alpha)
-    short_new = {}
-    for task, (B, A_T) in new.items():
-        short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
+    Qs = Q_beta, Q_alpha
+    # 2. Take coordinates Q^T x. Old coefficients stay: x = beta eps gives (Q^T beta) eps.
+    short_bases = project(Qs, bases)
+    short_new = {task: project(Qs, pair) for task, pair in new.items()}
     # 3. Merge.
     (short_beta, short_alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
     # 4. Go back: x = Q y.
-    merged_bases = (Q_beta @ short_beta).to(beta), (Q_alpha @ short_alpha).to(alpha)
-    return merged_bases, coefficients
+    long_bases = matmul64(Q_beta, short_beta).to(beta), matmul64(Q_alpha, short_alpha).to(alpha)
+    return long_bases, coefficients
 
 
 def orthonormal(matrices):
@@ -391,9 +391,8 @@ def orthonormal(matrices):
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
-    # Functions of Part 1 as methods: on the right of each = is the function. What it calls share is
-    # self.
-    factors = factors
+    # Functions of Part 1 as methods. What they call share is self.
+    factors = task_factors
     from_adapters = classmethod(from_adapters)
     learn = learn
     merge = merge
@@ -402,11 +401,11 @@ class Share:
         check_numbers(variance)
         if stack not in ("factors", "updates"):
             raise ValueError(f"stack is {stack!r}; it takes 'factors' or 'updates'")
-        self.variance = float(variance)  # the part of it that bases explain, see `build_basis`
+        self.variance = float(variance)  # see `build_basis`
         self.stacking = stack  # "factors", the paper's, or "updates", ours
-        # One tuple, replaced as a whole: whoever reads it once, in another thread or in a signal
-        # handler, never sees half a change.
-        self.held = {}, {}, {}  # bases, coefficients, records: see the properties below
+        # bases, coefficients and records, see the properties. It is replaced as a whole, and never
+        # changed in place: whoever reads it once, as in another thread, sees no half of a change.
+        self.held = {}, {}, {}
         self.selected = None  # a task, None, or a tuple of these, one for each sample of a batch
         self.learning = None  # the task that is being learned, inside a block of `learn`
         self.trained = {}  # its parameters in that block: {layer: nn.ParameterDict}
@@ -555,8 +554,8 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
-        # The paper has phi < k. But phi is one number, and k differs by layer and side: so it is
-        # enough to be below the largest.
+        # The paper asks for phi < k. Here k differs by layer and side, and phi does not. We ask for
+        # less than the largest: a smaller basis may get more temporary columns than it has.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
         max_k = max(sizes, default=0)
         if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
@@ -600,10 +599,11 @@ class Share:
             try:
                 for layer, parameters in trained.items():
                     linear = attached[layer]
-                    follow_weight(linear)  # The bases go to the weight's device,
-                    parameters.to(self.bases[layer][0].device)  # and the parameters to the bases'.
+                    # All go to the weight's device: the bases, and then the parameters.
+                    follow_weight(linear)
+                    parameters.to(self.bases[layer][0].device)
                     linear.learned = parameters  # so that model.parameters() has them
-                # From now on `factors`, which forward calls, takes these parameters.
+                # From now on forward gets its B and A of these parameters, by task_factors.
                 self.trained = trained
                 self.learning = task
                 self.selected = task
@@ -617,7 +617,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
-        # For the record: ‖ΔW‖² of all layers; and extras and config, which a fine-tuned task keeps.
+        # The record takes ‖ΔW‖² of all layers, also of those that have not moved, and extras and
+        # config. A task that is fine-tuned has these, a new one has none.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -641,14 +642,18 @@ class Share:
         layers = []
         for i, (layer, bases) in enumerate(all_bases.items()):
             by_task = all_coefficients[layer]
-            # how many columns each task has in i.eps: p, or 0 where it leaves the layer alone
-            widths = [by_task[task][0].shape[1] if task in by_task else 0 for task in all_records]
-            layers.append((layer, widths))
             for side in (0, 1):
-                columns = [bases[side].new_zeros(bases[side].shape[1], 0)]  # if there is no task
-                columns += [by_task[task][side] for task in all_records if task in by_task]
-                tensors[f"{i}.basis.{side}"] = bases[side]
-                tensors[f"{i}.eps.{side}"] = torch.cat(columns, dim=1)
+                basis = bases[side]
+                nothing = basis.new_zeros(
+                    basis.shape[1], 0
+                )  # of a task that leaves the layer alone
+                columns = [by_task.get(task, (nothing, nothing))[side] for task in all_records]
+                widths = [
+                    eps.shape[1] for eps in columns
+                ]  # each task's p, or 0; on both sides alike
+                tensors[f"{i}.basis.{side}"] = basis
+                tensors[f"{i}.eps.{side}"] = torch.cat([nothing, *columns], dim=1)
+            layers.append((layer, widths))  # by which `load` splits eps
         records = {}
         for j, (task, record) in enumerate(all_records.items()):
             try:
@@ -687,7 +692,7 @@ class Share:
             eps_alphas = tensors[f"{i}.eps.1"].split(widths, dim=1)
             coefficients[layer] = {}
             for j, task in enumerate(state["records"]):
-                if widths[j] > 0:
+                if widths[j] > 0:  # 0: it leaves the layer alone
                     coefficients[layer][task] = eps_betas[j].clone(), eps_alphas[j].clone()
         for j, (task, record) in enumerate(state["records"].items()):
             extras = {name: tensors[f"{j}.extra.{name}"] for name in record["extras"]}
@@ -713,7 +718,7 @@ class Share:
                 layers.setdefault(layer, {})[task] = pair
         return layers
 
-    @torch.inference_mode(False)  # a tensor that is made in this mode could never be trained
+    @torch.inference_mode(False)  # a tensor that is made in inference mode could never be trained
     def _store(self, adapters, new_bases, new_coefficients):
         """Take in copies of new bases and coefficients, and a record of each of the adapters.
 
@@ -784,17 +789,16 @@ def squared_norm(adapter):
 def left_svd(X, rounding):
     """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
 
-    As torch.linalg.svd, but up to 6 times faster: by the smaller of X X^T and X^T X. Their
-    eigenvalues S² are exact to 1e-16 of the largest, so an S below 1e-8 of the largest is noise;
-    rounding, which is more, leaves it out. A U made of V is orthonormal only roughly.
+    As torch.linalg.svd, but up to 6 times faster: by eigenvectors of the smaller of X X^T and
+    X^T X. Their eigenvalues are S², exact to 1e-16 of the largest, so S is exact to 1e-8 of the
+    largest. Rounding is 1e-6 of it or more: the noise is left out. For the same reason U = X V / S
+    is orthonormal only roughly. main_directions mends it.
     """
     n, m = X.shape
     if n <= m:
-        U, S = largest_first(X @ X.T, rounding)  # X X^T = U S² U^T
-    else:
-        V, S = largest_first(X.T @ X, rounding)  # X^T X = V S² V^T
-        U = X @ V / S  # as X V = U S
-    return U, S
+        return largest_first(X @ X.T, rounding)  # X X^T = U S² U^T
+    V, S = largest_first(X.T @ X, rounding)  # X^T X = V S² V^T
+    return X @ V / S, S  # X V = U S
 
 
 def largest_first(gram, rounding):
@@ -810,15 +814,13 @@ def best_rank(eps, p):
     ΔW = beta (eps_beta eps_alpha^T) alpha^T. As the bases are orthonormal, the truncated SVD of
     the middle is best (Eckart and Young). Each side gets the root of its singular values.
     """
-    if p is None:  # as they are
+    if p is None:
         return eps
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
-    middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
-    if middle.numel() == 0:
-        # A basis is empty, so ΔW is 0, and there is no SVD. Keep columns all the same: a task with
-        # none counts as one that leaves the layer alone, see `save`.
+    if 0 in (len(eps_beta), len(eps_alpha)):  # an empty basis: ΔW is 0, and there is no SVD
         return eps_beta[:, :p], eps_alpha[:, :p]
+    middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -839,15 +841,13 @@ def with_mean(basis, X):
 
 
 def update_columns(B, A_T):
-    """Ours: columns C and D with the left and with the right singular vectors of ΔW = B A.
+    """Ours: columns C with the left, and D with the right singular vectors of ΔW = B A.
 
-    With A^T = Q_A R_A and B = Q_B R_B, where the columns of each Q are orthonormal,
+    B itself will not do: 2 B and A / 2 have the same ΔW. By the QR decomposition A^T = Q R
 
-        ΔW   = B A     = B R_A^T Q_A^T    = C Q_A^T  with  C = B R_A^T
-        ΔW^T = A^T B^T = A^T R_B^T Q_B^T  = D Q_B^T  with  D = A^T R_B^T
+        ΔW = B R^T Q^T = C Q^T  with  C = B R^T,  and  ΔW ΔW^T = C Q^T Q C^T = C C^T
 
-    As Q_A^T only rotates, C has ΔW's left singular vectors and singular values; D has those of
-    ΔW^T. B alone has others: 2 B and A / 2 have the same ΔW.
+    so that C has ΔW's left singular vectors and its singular values. D is the C of ΔW^T = A^T B^T.
     """
     B, A_T = B.double(), A_T.double()
     R_A = torch.linalg.qr(A_T, mode="r").R
@@ -873,13 +873,16 @@ def bases_of_updates(pairs, variance, sizes):
 
 
 def side_by_side(matrices):
-    """Matrices (n, r) as one (n, m), each divided by its norm: all tasks weigh the same."""
+    """Matrices (n, r) as one (n, m), each divided by its norm: all tasks weigh the same.
+
+    A norm of less than ROUNDING times the largest may be that of rounding alone. Such a matrix is
+    divided by that much, so that it does not get the norm 1.
+    """
     norms = torch.stack([matrix.norm() for matrix in matrices])
-    # A matrix far smaller than the largest may be rounding. It is divided by more, and stays small.
-    floor = ROUNDING * norms.max() + 1e-300  # 1e-300: if all are 0, 0 / 1e-300 is 0
-    norms = norms.clamp_min(floor)
-    scaled = [matrix / norm for matrix, norm in zip(matrices, norms, strict=True)]
-    return torch.cat(scaled, dim=1)
+    if norms.max() > 0:
+        norms = norms.clamp_min(ROUNDING * norms.max())
+        matrices = [matrix / norm for matrix, norm in zip(matrices, norms, strict=True)]
+    return torch.cat(matrices, dim=1)
 
 
 def grow_layer(bases, old, new, variance, k, stacking):
@@ -888,15 +891,12 @@ def grow_layer(bases, old, new, variance, k, stacking):
     variance: the fraction of that to explain, for each adapter by itself. k: in its place, the size
     up to which a smaller basis grows; earlier adapters take the room first.
     """
-    grown = list(bases)
+    beta, alpha = bases
     for B, A_T in new.values():  # one by one: variance and rounding are relative to an adapter
-        columns = update_columns(B, A_T) if stacking == "updates" else (B, A_T)
-        for side in (0, 1):
-            X = columns[side].double()
-            rounding = ROUNDING * X.norm()  # of all of X: its part outside may be rounding alone
-            room = None if k is None else max(0, k - grown[side].shape[1])
-            grown[side] = grow_basis(grown[side], X, rounding, variance, room)
-    beta, alpha = grown
+        if stacking == "updates":  # a basis that holds C, and one that holds D, hold ΔW
+            B, A_T = update_columns(B, A_T)
+        beta = grow_basis(beta, B, variance, k)
+        alpha = grow_basis(alpha, A_T, variance, k)
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
@@ -910,14 +910,17 @@ def with_rows(eps, basis):
     return torch.cat([eps, eps.new_zeros(basis.shape[1] - len(eps), eps.shape[1])])
 
 
-def grow_basis(basis, X, rounding, variance, k):
-    """A basis, and beside it the main directions of what X (n, m), in float64, has outside of it.
+def grow_basis(basis, columns, variance, k):
+    """A basis, and beside it the main directions of what columns (n, m) have outside of it.
 
-    rounding, variance, k: see `main_directions`; no mean is subtracted.
+    k: the size up to which it grows; None: by variance. No mean is subtracted.
     """
+    X = columns.double()
     Q = torch.linalg.qr(basis.double()).Q  # the basis may be float32, and orthonormal only to 1e-7
     outside = X - Q @ (Q.T @ X)
-    added = main_directions(outside, rounding, variance, k)
+    rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
+    room = None if k is None else max(0, k - basis.shape[1])
+    added = main_directions(outside, rounding, variance, room)
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
 
@@ -951,12 +954,7 @@ def moved_layers(task, start, trained):
     """{layer: {name: tensor}}, copies, of the layers in which a parameter has another value now."""
     moved = {}
     for layer, parameters in trained.items():
-        end = {}
-        for name, parameter in parameters.items():
-            now = parameter.detach()
-            if hasattr(now, "full_tensor"):  # fully_shard, called in the block, has split it
-                now = now.full_tensor()  # every process has to come here
-            end[name] = now.clone()
+        end = {name: whole(parameter) for name, parameter in parameters.items()}
         # .to: the caller may have moved the model to another device, or cast it
         same = [torch.equal(start[layer][name].to(value), value) for name, value in end.items()]
         if not all(same):
@@ -964,6 +962,14 @@ def moved_layers(task, start, trained):
     if not moved:
         raise ValueError(f"task {task!r}: no parameter has moved; is the optimizer from the block?")
     return moved
+
+
+def whole(parameter):
+    """A copy of a parameter's numbers, which fully_shard, called in the block, may have split."""
+    value = parameter.detach()
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()  # every process has to come here
+    return value.clone()
 
 
 @contextlib.contextmanager
@@ -990,12 +996,10 @@ def frozen(model):
 
 
 def put_back(buffer, value):
-    """Write a buffer, or leave it if PyTorch cannot write it."""
-    try:
-        with torch.inference_mode():  # the only mode that can write a buffer that was made in it
-            buffer.copy_(value)
-    except RuntimeError:  # an expanded buffer, all of whose elements are one number in memory
-        pass
+    """Write a buffer, unless PyTorch refuses, as it does for an expanded one."""
+    # A buffer that was made in inference mode can be written in this mode only, all others as well.
+    with contextlib.suppress(RuntimeError), torch.inference_mode():
+        buffer.copy_(value)
 
 
 def no_fast_path(linear, inputs):

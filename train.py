@@ -5,10 +5,10 @@ them, eps_beta and eps_alpha (k, p), which give its change of the layer's weight
 
     ΔW = B A  with  B = beta eps_beta  and  A = (alpha eps_alpha)^T
 
-    phase 1  LoRA adapters of the first tasks make the bases         Share.from_adapters, in compare
-    phase 2  each later task trains its coefficients in them         share.learn, in learn_task
-    phase 3  with --all: phi temporary columns beside each basis     the same with phi > 0
-             are trained, too, and then merged into the basis
+    phase 1  Share.from_adapters    LoRA adapters of the first tasks make the bases
+    phase 2  share.learn            each later task trains its coefficients in the bases
+    phase 3  share.learn, phi > 0   phi temporary columns beside each basis are trained with them,
+             (with --all)           and then merged into the basis
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -89,8 +89,7 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 
 
 # --- The data, the loss and the base model
-# Each use of random numbers has a stream: t is training on task t, the number of tasks is training
-# on all of them, and these two are the rest.
+# Each use has a stream of random numbers: t for task t, the number of tasks for all tasks at once.
 PRETRAINING, TESTS = 98, 99  # TESTS has the keys, too
 
 
@@ -281,12 +280,13 @@ class Experiment:
     def learn_task(self, share, model, t, p, phi=0, grow=True):
         """Phase 2: train coefficients of p columns for task t, while the bases are frozen.
 
-        Returns the last loss, and how many numbers were trained.
+        With phi > 0 phi columns C beside each basis are trained with them, and B is
+        [beta, C] eps_beta; A likewise. Then phase 3 merges them into the bases:
 
-        With phi > 0 phase 3 follows: phi columns C beside each basis are trained, too, with
-        B = [beta, C] eps_beta and A likewise, and at the end they are merged into the bases.
         grow=True   (ours) directions are added to the bases; earlier tasks stay as they are
         grow=False  (the paper's) new bases are made from all tasks; earlier ones may lose
+
+        Returns the last loss, and how many numbers were trained.
         """
         s = self.s
         seed = 100 * s.seed + t
@@ -425,20 +425,19 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """From how many tasks on, at least `first`, Share stores less than `other`; None if never.
+    """From how many tasks on, at least `first`, Share stores less than LoRAs, `other`, or None.
 
-    For n tasks Share stores fixed + n * each numbers, as a task stores what it trains and later
-    tasks need no more bases; the other, a LoRA for each task, n * lora. So Share stores less if
-    n > fixed / (lora - each).
+    For n tasks Share stores fixed + n * share_each numbers, and LoRAs n * lora_each. fixed: the
+    bases, and what the first tasks, of rank r, store beyond p columns. Later tasks need no more.
     """
     share = methods["share"]
-    each = share["trained_per_task"]
-    lora = methods[other]["trained_per_task"]
-    if lora <= each:
+    share_each = share["trained_per_task"]  # a later task stores what it trains
+    lora_each = methods[other]["trained_per_task"]
+    if lora_each <= share_each:
         return None
-    # the bases, and what the first tasks, at rank r, store beyond p columns
-    fixed = share["stored"] - each * len(share["accuracy_matrix"])
-    return max(first, fixed // (lora - each) + 1)
+    tasks = len(share["accuracy_matrix"])
+    fixed = share["stored"] - tasks * share_each
+    return max(first, fixed // (lora_each - share_each) + 1)
 
 
 def spread(values, digits):
@@ -521,8 +520,9 @@ def share_routed(e, share, model):
 
     def routed_accuracy(batch):
         tokens, _ = batch
-        tasks = router.route(hidden(tokens))  # for each prompt a task's name, or None: the base
-        share.select(tasks)  # a mixed batch
+        share.select(
+            router.route(hidden(tokens))
+        )  # for each prompt a task's name, or None: the base
         return accuracy(model, batch)
 
     stored = num_parameters(share) + router.means.numel() + router.scale.numel()
@@ -542,7 +542,7 @@ def share_general(e, share, model):
     s = e.s
     mixture = e.mixed_batches(s.joint_steps)
     settings = dict(p=s.general_p, lr=s.lr, seed=s.seed)
-    # Phase 2 as in learn_task; this has share.learn and a loop of Adam in one call.
+    # Phase 2 as in learn_task, by the call that has a loop of Adam in it.
     train_coefficients(share, model, "general", mixture, loss_fn, **settings)
     return row_of_one_task(e, share, model, "general")
 
@@ -613,9 +613,12 @@ def learn_new(e, share, tasks, p, phi=0, grow=True):
 
 
 def scaling(seed, counts, n=1024, r=8):
-    """Costs by the number of tasks: times of phase 1 and of a merge, ours and as published.
+    """Costs by the number of tasks.
 
-    stored: Share's numbers at p = 1. apart: the adapters'.
+    build      seconds of phase 1
+    merge      milliseconds to load a share and merge one adapter by the paper's phase 3
+    published  the same by the paper's steps: rebuild all adapters, stack, SVD, project
+    stored     numbers of the share at p = 1; apart: those of the adapters
     """
     torch.manual_seed(seed)
     B_span, A_span = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in range(2)]
@@ -648,12 +651,12 @@ def seconds(times, function, *arguments):
 
 
 def load_and_merge(path, adapter):
-    """Load a share and merge an adapter by phase 3 (the paper's: grow=False)."""
+    """Load a share and merge an adapter by the paper's phase 3, as share.py computes it."""
     Share.load(path).merge({"new": adapter}, grow=False)
 
 
 def load_and_merge_as_published(path, adapter):
-    """The same by the paper's steps, only to time it: rebuild, stack, SVD, project."""
+    """The same by the paper's steps; only their time is of interest."""
     share = Share.load(path)
     pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
     B_stack = torch.cat([B for B, _ in pairs], dim=1)  # (n, columns of all tasks)
@@ -661,17 +664,13 @@ def load_and_merge_as_published(path, adapter):
     return [new_coefficients(stack, share.variance) for stack in (B_stack, A_stack)]
 
 
-def new_coefficients(stack, variance):
-    """Coefficients (k, m) of columns (n, m) in the paper's new basis of them.
-
-    As in the paper, the SVD sees the centred columns, and the columns are projected as they are.
-    """
-    centred = stack - stack.mean(1, keepdim=True)
+def new_coefficients(columns, variance):
+    """The coefficients (k, m) of columns (n, m) in the paper's new basis of them."""
+    centred = columns - columns.mean(1, keepdim=True)
     U, S, _ = torch.linalg.svd(centred, full_matrices=False)
     explained = S.square().cumsum(0) / S.square().sum()  # by one direction, by two, …
-    k = int((explained < variance).sum()) + 1  # the fewest that explain enough
-    basis = U[:, :k]
-    return basis.T @ stack
+    k = int((explained < variance).sum()) + 1  # all that are too few, and one more
+    return U[:, :k].T @ columns  # not of the centred ones: this is how the paper has it
 
 
 def svg(methods, seed):
@@ -838,6 +837,7 @@ def peft_targets(adapter):
     pattern = targets
     if isinstance(targets, list):
         pattern = "|".join(rf"(.*\.)?{re.escape(ending)}" for ending in targets)
+    # If the old value names more layers, PEFT starts these at ΔW = 0.
     names_all = all(re.fullmatch(pattern, layer) for layer in adapter.factors)
     return targets if names_all else listed
 
@@ -860,8 +860,8 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-        own     the distance of samples to the mean of the others of their task: 98 % are nearer
-        other   the distance of samples to the nearest mean of another task: 98 % are farther
+        own     98 % of the samples are nearer than this to the mean of the others of their task
+        other   98 % of the samples are farther than this from the means of all other tasks
         radius  half-way between own and other, but never less than own; with one task own
         """
         for task, x in features.items():
@@ -909,8 +909,10 @@ def whitening(residuals):
     make some directions look too certain. In D a constant feature gets a small variance, not 0.
     """
     C = residuals.T @ residuals / len(residuals)
-    D = C.diagonal().clamp_min(1e-6 * C.diagonal().max() + 1e-30).diag()
-    L = torch.linalg.cholesky(0.9 * C + 0.1 * D)  # L L^T is the shrunk C; its inverse is L^-T L^-1
+    variances = C.diagonal()
+    least = 1e-6 * variances.max() + 1e-30  # 1e-30: if all features are constant
+    D = variances.clamp_min(least).diag()
+    L = torch.linalg.cholesky(0.9 * C + 0.1 * D)  # the shrunk C is L L^T; its inverse is L^-T L^-1
     return torch.linalg.inv(L).T
 
 
