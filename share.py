@@ -93,7 +93,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # Autocast, which would round, is off: B and A get the bases' precision.
+    # Without autocast, which would round what `reconstruct` and `learn` keep. forward may round.
     with torch.autocast(beta.device.type, enabled=False):
         B = beta @ eps_beta
         A = (alpha @ eps_alpha).T
@@ -183,7 +183,7 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    U, S = left_svd(X, rounding)
+    U, S = left_svd(X, rounding)  # without any directions if X is 0
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
         # If they explain 0.5, 0.8, 1.0, and variance is 0.6, one is too few, and k = 2.
@@ -230,8 +230,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
-    phi: temporary columns beside each basis: 0, or less than the largest k. More than p are of no
-    use: B has p columns, so that p of them give it all that it can have outside of the basis.
+    phi: temporary columns beside each basis: 0, or less than the largest k; more than p are no use.
     grow: with phi > 0 the task is merged afterwards; False: by the paper's phase 3, which may lose
     much of it, see `retained`; True (ours): by adding directions to the bases, which loses nothing.
     finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
@@ -339,43 +338,40 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 # --- Part 2, everything else. Behind merge
 def keep_sizes(merged, bases, pairs, variance, stacking):
-    """Ours: merged; but a basis that got smaller is made again with its old size.
+    """Ours: merged; but where a basis got smaller, made again with the old size for this side.
 
     The rebuilt factors lie in the old basis, and fewer directions explain, say, 60 % of them: by
-    variance alone each merge would keep 60 % of the 60 % that the last one has kept. With a size
-    `build_basis` does not subtract the mean. None stands for a basis that did not get smaller: it
-    is made by variance, as in merged.
+    variance alone each merge would keep 60 % of the 60 % that the last one has kept. A side that
+    did not get smaller comes out as in merged.
     """
-    beta, alpha = bases
-    (new_beta, new_alpha), _ = merged
-    k_beta = beta.shape[1] if new_beta.shape[1] < beta.shape[1] else None
-    k_alpha = alpha.shape[1] if new_alpha.shape[1] < alpha.shape[1] else None
-    if k_beta is None and k_alpha is None:
+    new_bases, _ = merged
+    sizes = []
+    for basis, new_basis in zip(bases, new_bases, strict=True):
+        got_smaller = new_basis.shape[1] < basis.shape[1]
+        sizes.append(basis.shape[1] if got_smaller else None)  # None: by variance, as before
+    if sizes == [None, None]:
         return merged
-    return build_layer(pairs, variance, (k_beta, k_alpha), stacking)
+    return build_layer(pairs, variance, sizes, stacking)
 
 
 def faster(merge_layer, bases, old, new, **rule):
     """merge_layer(bases, old, new, **rule), with columns of q numbers in place of n.
 
-    All columns of merge_layer are in the span of the old basis and the new factors. Let Q (n, q) be
-    an orthonormal basis of this span, and Y = Q^T X their coordinates, so that X = Q Y. Then
-
-        mean          mean(X) = Q mean(Y)
-        directions    Y = U S V^T gives X = (Q U) S V^T, so that the basis is Q U
-        coefficients  (Q U)^T X = U^T Y, the same
-
-    (The signs of a direction and its coefficients may differ.)
+    All its columns lie in the span of the old basis and the new factors. Let Q (n, q) be an
+    orthonormal basis of this span, and write each column as x = Q y. Norms, inner products and
+    means of the x are those of the y, and merge_layer uses nothing else. So the sizes and all
+    coefficients stay, and a direction u of the y stands for the direction Q u. (Signs may differ.)
     """
     # 1. Find Q for each side.
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
-    Qs = Q_beta, Q_alpha
-    # 2. Take coordinates Q^T x. Old coefficients stay: x = beta eps gives (Q^T beta) eps.
-    short_bases = project(Qs, bases)
-    short_new = {task: project(Qs, pair) for task, pair in new.items()}
-    # 3. Merge.
+    # 2. Take y = Q^T x of the bases and of the new factors. The old coefficients stay.
+    short_bases = matmul64(Q_beta.T, beta), matmul64(Q_alpha.T, alpha)
+    short_new = {}
+    for task, (B, A_T) in new.items():
+        short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
+    # 3. Merge the y.
     (short_beta, short_alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
     # 4. Go back: x = Q y.
     long_bases = matmul64(Q_beta, short_beta).to(beta), matmul64(Q_alpha, short_alpha).to(alpha)
@@ -583,8 +579,8 @@ class Share:
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]
                 parameters = nn.ParameterDict()
-                parameters["eps_beta"] = eps_beta  # `learn` trains a copy
-                parameters["eps_alpha"] = eps_alpha
+                parameters["eps_beta"] = eps_beta.clone()
+                parameters["eps_alpha"] = eps_alpha.clone()
                 start[layer] = parameters
         return start
 
@@ -595,25 +591,27 @@ class Share:
         check_unwrapped(model)
         attached = self._attached(model, needed=trained)
         selected = self.selected
-        with frozen(model):  # all that the model has now; what is added below can train
+        # 1. Freeze all that the model has now.
+        with frozen(model):
             try:
+                # 2. Add the parameters, which can train.
                 for layer, parameters in trained.items():
                     linear = attached[layer]
-                    # All go to the weight's device: the bases, and then the parameters.
-                    follow_weight(linear)
+                    follow_weight(linear)  # so that bases and parameters are where the weight is
                     parameters.to(self.bases[layer][0].device)
                     linear.learned = parameters  # so that model.parameters() has them
-                # From now on forward gets its B and A of these parameters, by task_factors.
+                # 3. From now on forward gets B and A of these parameters, by task_factors.
                 self.trained = trained
                 self.learning = task
                 self.selected = task
                 yield
             finally:
+                # 4. Undo 3 and 2, and then `frozen` undoes 1.
                 self.selected = selected
                 self.learning = None
                 self.trained = {}
-                for layer in trained:  # pop: an error above may have come before it was added
-                    attached[layer]._modules.pop("learned", None)
+                for layer in trained:
+                    attached[layer]._modules.pop("learned", None)  # None, if 2 has failed before
 
     def _keep(self, task, ends):
         """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
@@ -642,18 +640,14 @@ class Share:
         layers = []
         for i, (layer, bases) in enumerate(all_bases.items()):
             by_task = all_coefficients[layer]
+            # each task's p, by which `load` splits i.eps; 0, if it leaves the layer alone
+            widths = [by_task[task][0].shape[1] if task in by_task else 0 for task in all_records]
+            layers.append((layer, widths))
             for side in (0, 1):
-                basis = bases[side]
-                nothing = basis.new_zeros(
-                    basis.shape[1], 0
-                )  # of a task that leaves the layer alone
-                columns = [by_task.get(task, (nothing, nothing))[side] for task in all_records]
-                widths = [
-                    eps.shape[1] for eps in columns
-                ]  # each task's p, or 0; on both sides alike
-                tensors[f"{i}.basis.{side}"] = basis
-                tensors[f"{i}.eps.{side}"] = torch.cat([nothing, *columns], dim=1)
-            layers.append((layer, widths))  # by which `load` splits eps
+                empty = bases[side].new_zeros(bases[side].shape[1], 0)  # cat takes no empty list
+                columns = [by_task[task][side] for task in all_records if task in by_task]
+                tensors[f"{i}.basis.{side}"] = bases[side]
+                tensors[f"{i}.eps.{side}"] = torch.cat([empty, *columns], dim=1)
         records = {}
         for j, (task, record) in enumerate(all_records.items()):
             try:
@@ -789,10 +783,10 @@ def squared_norm(adapter):
 def left_svd(X, rounding):
     """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
 
-    As torch.linalg.svd, but up to 6 times faster: by eigenvectors of the smaller of X X^T and
-    X^T X. Their eigenvalues are S², exact to 1e-16 of the largest, so S is exact to 1e-8 of the
-    largest. Rounding is 1e-6 of it or more: the noise is left out. For the same reason U = X V / S
-    is orthonormal only roughly. main_directions mends it.
+    By eigenvectors of the smaller of X X^T and X^T X: up to 6 times faster than torch.linalg.svd.
+    The price is that squaring loses digits. A small S may be wrong by 1e-8 of the largest S; those
+    up to rounding, which is 1e-6 of it or more, are left out. And the columns of U = X V / S with a
+    small S are not exactly orthogonal to the others: main_directions mends this by QR.
     """
     n, m = X.shape
     if n <= m:
@@ -843,24 +837,25 @@ def with_mean(basis, X):
 def update_columns(B, A_T):
     """Ours: columns C with the left, and D with the right singular vectors of ΔW = B A.
 
-    B itself will not do: 2 B and A / 2 have the same ΔW. By the QR decomposition A^T = Q R
+    B itself will not do: 2 B and A / 2 have the same ΔW. By QR decompositions A^T = Q R, B = P T
 
-        ΔW = B R^T Q^T = C Q^T  with  C = B R^T,  and  ΔW ΔW^T = C Q^T Q C^T = C C^T
+        ΔW   = B R^T Q^T    = C Q^T  with  C = B R^T,    so that  ΔW ΔW^T = C C^T
+        ΔW^T = A^T T^T P^T  = D P^T  with  D = A^T T^T,  so that  ΔW^T ΔW = D D^T
 
-    so that C has ΔW's left singular vectors and its singular values. D is the C of ΔW^T = A^T B^T.
+    as Q^T Q = 1 and P^T P = 1. So C and D have ΔW's singular vectors and singular values.
     """
     B, A_T = B.double(), A_T.double()
-    R_A = torch.linalg.qr(A_T, mode="r").R
-    R_B = torch.linalg.qr(B, mode="r").R
-    C = B @ R_A.T
-    D = A_T @ R_B.T
+    R = torch.linalg.qr(A_T, mode="r").R
+    T = torch.linalg.qr(B, mode="r").R
+    C = B @ R.T
+    D = A_T @ T.T
     return C, D
 
 
 def bases_of_updates(pairs, variance, sizes):
     """Ours, for "updates": the main directions of the tasks' C, and of their D, of norm 1 each.
 
-    No mean is subtracted: C is determined up to a rotation of its columns, their mean is not.
+    No mean is subtracted: with any rotation O, C O has the same C C^T as C, but another mean.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
     bases = []
@@ -893,10 +888,13 @@ def grow_layer(bases, old, new, variance, k, stacking):
     """
     beta, alpha = bases
     for B, A_T in new.values():  # one by one: variance and rounding are relative to an adapter
-        if stacking == "updates":  # a basis that holds C, and one that holds D, hold ΔW
-            B, A_T = update_columns(B, A_T)
-        beta = grow_basis(beta, B, variance, k)
-        alpha = grow_basis(alpha, A_T, variance, k)
+        columns = B, A_T
+        if stacking == "updates":
+            # Bases that hold C and D are enough. B and A may have more than ΔW; this is projected
+            # away below, and beta beta^T ΔW alpha alpha^T is still ΔW.
+            columns = update_columns(B, A_T)
+        beta = grow_basis(beta, columns[0], variance, k)
+        alpha = grow_basis(alpha, columns[1], variance, k)
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
@@ -935,11 +933,11 @@ def mixed_batch(share, layer, tasks, x):
     eps = [coefficients[layer].get(task, nothing) for task in tasks]
     eps_betas = stack_padded([eps_beta for eps_beta, _ in eps])
     eps_alphas = stack_padded([eps_alpha for _, eps_alpha in eps])
-    # s: samples; a, b: directions of alpha, of beta; p: columns of coefficients
-    in_alpha = x.to(alpha.dtype) @ alpha  # alpha^T x
-    in_p = torch.einsum("s...a,sap->s...p", in_alpha, eps_alphas)  # A x = eps_alpha^T alpha^T x
-    in_beta = torch.einsum("s...p,sbp->s...b", in_p, eps_betas)  # eps_beta A x
-    return in_beta @ beta.T  # beta eps_beta A x = B A x
+    # ΔW x = beta eps_beta eps_alpha^T alpha^T x, from the right, with the eps of each sample s
+    y = x.to(alpha.dtype) @ alpha  # (s, ..., a), a coordinate for each direction a of alpha
+    y = torch.einsum("s...a,sap->s...p", y, eps_alphas)  # (s, ..., p), one for each column p
+    y = torch.einsum("s...p,sbp->s...b", y, eps_betas)  # (s, ..., b), for each direction b of beta
+    return y @ beta.T  # (s, ..., n)
 
 
 def stack_padded(matrices):
@@ -996,8 +994,8 @@ def frozen(model):
 
 
 def put_back(buffer, value):
-    """Write a buffer, unless PyTorch refuses, as it does for an expanded one."""
-    # A buffer that was made in inference mode can be written in this mode only, all others as well.
+    """Write a buffer; or leave it, if PyTorch refuses, as it does for an expanded one."""
+    # Outside of inference mode a buffer that was made in it is read-only. In it all can be written.
     with contextlib.suppress(RuntimeError), torch.inference_mode():
         buffer.copy_(value)
 
@@ -1144,8 +1142,8 @@ def write_whole(path, content):
 # - Make optimizers, Trainers, DistributedDataParallel and moving averages in the block of learn,
 #   and load the best checkpoint before it ends.
 # - fully_shard replaces the parameters that learn yields: call it in the block, and then train
-#   those of model.parameters() that require gradients. A model that is already sharded, from an
-#   earlier block or from before attach, can serve tasks, but enters no block of learn. Tensor
+#   those of model.parameters() that require gradients. Once sharded, a model can serve tasks, but
+#   learn refuses it: FSDP would not know the parameters that the next block adds. Tensor
 #   parallelism and nn.DataParallel do not work at all.
 # - A head that trains along is yours: unfreeze it in the block, copy it for each task, put it back.
 # - To give a learned task extras: reconstruct it, set them, remove it, add it.

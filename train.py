@@ -75,8 +75,8 @@ class Settings:
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
     # Share; its rate does not fall
-    # "factors", the paper's: the bases are main directions of the adapters' B and A^T;
-    # "updates", ours: of the singular vectors of their B A, each weighted by its singular value
+    # The bases are main directions of the adapters' B and A^T if this is "factors", the paper's. If
+    # it is "updates", ours: of the singular vectors of their B A, weighted by the singular values.
     stack: str = "updates"
     variance: float = 0.95  # that the bases explain
     p: int = 1  # pseudo-rank: columns of a later task's coefficients
@@ -278,13 +278,13 @@ class Experiment:
         return row_of_matrix(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Phase 2: train coefficients of p columns for task t, while the bases are frozen.
+        """Train coefficients of p columns for task t.
 
-        With phi > 0 phi columns C beside each basis are trained with them, and B is
-        [beta, C] eps_beta; A likewise. Then phase 3 merges them into the bases:
-
-        grow=True   (ours) directions are added to the bases; earlier tasks stay as they are
-        grow=False  (the paper's) new bases are made from all tasks; earlier ones may lose
+        phi = 0  phase 2: B = beta eps_beta, and the bases are frozen.
+        phi > 0  phase 2: B = [beta, C] eps_beta, and phi columns C are trained, too; A likewise.
+                 Then phase 3 merges C into the bases:
+          grow=True   ours: the bases get more directions; the ΔW of earlier tasks stays
+          grow=False  the paper's: all tasks get new bases; earlier ones may lose accuracy
 
         Returns the last loss, and how many numbers were trained.
         """
@@ -304,9 +304,9 @@ class Experiment:
         return accuracies
 
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
-        """Learn the tasks that the share lacks, in order. Returns the model and the row.
+        """Learn, in order, the tasks that the share does not have. Returns the model and the row.
 
-        first_rows: rows of the accuracy matrix, one for each task that it has, names[0] and so on.
+        It has the first ones; first_rows are their rows of the accuracy matrix.
         """
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
@@ -386,17 +386,21 @@ def compare(s, everything=False):
     adapters, rows["lora_per_task"] = e.lora_per_task("lora_per_task", s.r, s.lora_lr)
     _, rows["lora_r1"] = e.lora_per_task("lora_r1", 1, s.lora_r1_lr)
     rows["lora_sequential"] = e.lora_sequential()
-    # Phase 1: bases from the first tasks' LoRA adapters. No p is given: these tasks keep rank r.
+    # Phase 1: bases from the first tasks' LoRA adapters. Their coefficients keep the rank r.
     first_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(first_adapters, variance=s.variance, stack=s.stack)
     # Phase 2: coefficients of s.p columns for each later task. The accuracy matrix begins with rows
     # of the first tasks' LoRAs: if the bases lose some of that, it counts as forgetting.
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
-    share = copy.deepcopy(built)  # other_rows needs `built` as it is
+    share = copy.deepcopy(built)  # phase 3 begins with `built` again
     model, rows["share"] = e.learn_tasks("share", share, first_rows)
-    if everything:
-        rows |= other_rows(e, built, first_rows, share, model)  # phase 3 among them
-    return rows
+    if not everything:
+        return rows
+    # Phase 3: the same with temporary columns, merged after each task, by the paper's way or ours.
+    for method, grow in (("share_merge", False), ("share_grow", True)):
+        merging = copy.deepcopy(built)
+        _, rows[method] = e.learn_tasks(method, merging, first_rows, phi=1, grow=grow)
+    return rows | other_rows(e, built, share, model)
 
 
 # --- The claims and the table
@@ -425,19 +429,22 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """From how many tasks on, at least `first`, Share stores less than LoRAs, `other`, or None.
+    """The least n >= first for which Share stores less for n tasks than LoRAs, `other`, or None.
 
-    For n tasks Share stores fixed + n * share_each numbers, and LoRAs n * lora_each. fixed: the
-    bases, and what the first tasks, of rank r, store beyond p columns. Later tasks need no more.
+        Share  fixed + n * share_each    fixed: the bases, and what the first tasks, which have
+        LoRAs  n * lora_each             rank r, store beyond share_each
+
+    So Share stores less if n > fixed / (lora_each - share_each).
     """
     share = methods["share"]
     share_each = share["trained_per_task"]  # a later task stores what it trains
-    lora_each = methods[other]["trained_per_task"]
-    if lora_each <= share_each:
+    saved_by_each = methods[other]["trained_per_task"] - share_each
+    if saved_by_each <= 0:
         return None
     tasks = len(share["accuracy_matrix"])
     fixed = share["stored"] - tasks * share_each
-    return max(first, fixed // (lora_each - share_each) + 1)
+    least = fixed // saved_by_each + 1  # the first whole number above the quotient
+    return max(first, least)
 
 
 def spread(values, digits):
@@ -466,20 +473,17 @@ def print_table(runs, first):
 
 
 # --- The other rows, of --all
-def other_rows(e, built, first_rows, share, model):
-    """The rows of --all: {method: row}.
+def other_rows(e, built, share, model):
+    """Rows for comparison: {method: row}.
 
     built: a share of the first tasks. share: of all tasks, attached to model.
     """
     rows = {}
-    # Phase 3: with temporary columns and a merge after each task, the paper's or ours.
-    for method, grow in (("share_merge", False), ("share_grow", True)):
-        merging = copy.deepcopy(built)
-        _, rows[method] = e.learn_tasks(method, merging, first_rows, phi=1, grow=grow)
-    # For comparison: all tasks in random bases, the first ones, too; one LoRA for all at once.
+    # all tasks, the first ones, too, learned in random bases
     _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, e.s.seed), [])
+    # one LoRA, trained on all tasks at once
     rows["lora_joint"] = lora_joint(e)
-    # These three use the share with all tasks. The last two add a task to it: so routing is first.
+    # the share if nobody names the task; the last two add a task to it, so routing is first
     rows["share_routed"] = share_routed(e, share, model)
     rows["share_average"] = share_average(e, share, model)
     rows["share_general"] = share_general(e, share, model)
@@ -487,13 +491,13 @@ def other_rows(e, built, first_rows, share, model):
 
 
 def random_bases(share, seed):
-    """A share with random orthonormal bases of the same sizes, and no tasks: none fits these."""
+    """A share without tasks, with random orthonormal bases of the same sizes."""
     share = copy.deepcopy(share)
+    for name in list(share.tasks):
+        share.remove(name)
     torch.manual_seed(seed)
     for layer, bases in share.bases.items():
         share.bases[layer] = tuple(torch.linalg.qr(torch.randn_like(basis)).Q for basis in bases)
-    for name in list(share.tasks):
-        share.remove(name)
     return share
 
 
@@ -515,14 +519,14 @@ def share_routed(e, share, model):
 
     features = {}
     for t, name in enumerate(e.names):
-        features[name] = hidden(torch.cat([tokens for tokens, _ in e.batches(t, steps=8)]))
+        prompts = torch.cat([tokens for tokens, _ in e.batches(t, steps=8)])
+        features[name] = hidden(prompts)
     router = Router.fit(features)  # from the base's hidden states of training prompts alone
 
     def routed_accuracy(batch):
         tokens, _ = batch
-        share.select(
-            router.route(hidden(tokens))
-        )  # for each prompt a task's name, or None: the base
+        names = router.route(hidden(tokens))  # for each prompt a task's, or None: the base
+        share.select(names)
         return accuracy(model, batch)
 
     stored = num_parameters(share) + router.means.numel() + router.scale.numel()
@@ -669,8 +673,9 @@ def new_coefficients(columns, variance):
     centred = columns - columns.mean(1, keepdim=True)
     U, S, _ = torch.linalg.svd(centred, full_matrices=False)
     explained = S.square().cumsum(0) / S.square().sum()  # by one direction, by two, …
-    k = int((explained < variance).sum()) + 1  # all that are too few, and one more
-    return U[:, :k].T @ columns  # not of the centred ones: this is how the paper has it
+    k = int((explained < variance).sum()) + 1  # of 0.5, 0.8, 1.0 for 0.6 one is too few: k = 2
+    basis = U[:, :k]
+    return basis.T @ columns  # the paper centres for the SVD, and not here
 
 
 def svg(methods, seed):
@@ -703,17 +708,26 @@ def svg(methods, seed):
 
 
 # --- PEFT's files
-# Options of LoraConfig (PEFT 0.21) with which a layer is not W0 x + scaling B A x: refused.
-PEFT_VARIANTS = ["use_dora", "lora_bias", "use_qalora", "use_bdlora"]  # another forward pass
-PEFT_VARIANTS += ["arrow_config", "kasa_config", "monteclora_config"]  # another forward pass
-PEFT_VARIANTS += ["target_parameters", "trainable_token_indices"]  # weights not of an nn.Linear
-PEFT_VARIANTS += ["alora_invocation_tokens", "layer_replication"]  # some tokens only; more layers
+# Options of LoraConfig (PEFT 0.21) with which a layer is not W0 x + scaling B A x, and why.
+PEFT_VARIANTS = {
+    "use_dora": "it has another forward pass",
+    "lora_bias": "it has another forward pass",
+    "use_qalora": "it has another forward pass",
+    "use_bdlora": "it has another forward pass",
+    "arrow_config": "it has another forward pass",
+    "kasa_config": "it has another forward pass",
+    "monteclora_config": "it has another forward pass",
+    "target_parameters": "it adapts weights that are not of an nn.Linear",
+    "trainable_token_indices": "it adapts weights that are not of an nn.Linear",
+    "alora_invocation_tokens": "it adapts some tokens only",
+    "layer_replication": "it adds layers to the model",
+}
 # Values of init_lora_weights that leave W0 as it is; pissa, for one, changes it:
 PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# Options that `save_peft` leaves out. The first three say how training started. The others say
-# which layers there are, at which ranks and scalings: it writes this anew.
-PEFT_DROPPED = ["eva_config", "corda_config", "loftq_config", "rank_pattern", "alpha_pattern"]
-PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]
+# Options that `save_peft` leaves out:
+PEFT_DROPPED = ["eva_config", "corda_config", "loftq_config"]  # they are for the start of training
+PEFT_DROPPED += ["rank_pattern", "alpha_pattern"]  # all layers get one rank, and scaling 1
+PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]  # see peft_targets
 PEFT_NAME = r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight"
 
 
@@ -771,7 +785,10 @@ def check_extras(extras, config, directory):
 
 def check_plain_lora(config, directory):
     """ValueError, with what the config says, unless ΔW = scaling * B A beside an unchanged W0."""
-    says = {name: config[name] for name in PEFT_VARIANTS if config.get(name)}
+    says = {}
+    for name, why in PEFT_VARIANTS.items():
+        if config.get(name):
+            says[name] = f"{config[name]}, {why}"
     if config.get("peft_type") != "LORA":
         says["peft_type"] = config.get("peft_type")
     if config.get("init_lora_weights") not in PEFT_STARTS:
@@ -823,23 +840,25 @@ def save_peft(adapter, directory):
 
 
 def peft_targets(adapter):
-    """target_modules to save: the old value if it names all layers, else one that lists them.
+    """target_modules to save: the old value if it names all layers, else a pattern of them.
 
     The old value is a regular expression, or a list or set of endings of names.
     """
-    listed = "|".join(map(re.escape, adapter.factors))
-    for key in ("exclude_modules", "layers_to_transform"):  # save_peft drops both
+    layers = list(adapter.factors)
+    pattern_of_layers = "|".join(map(re.escape, layers))
+    for key in ("exclude_modules", "layers_to_transform"):
+        # save_peft drops these. Without them the old value would name more layers.
         if adapter.config.get(key) not in (None, [], ""):  # 0 is the number of a layer
-            return listed  # the old value would name more than the layers now
-    targets = adapter.config.get("target_modules") or []
-    if isinstance(targets, set):  # which JSON does not have
-        targets = sorted(targets)
-    pattern = targets
-    if isinstance(targets, list):
-        pattern = "|".join(rf"(.*\.)?{re.escape(ending)}" for ending in targets)
-    # If the old value names more layers, PEFT starts these at ΔW = 0.
-    names_all = all(re.fullmatch(pattern, layer) for layer in adapter.factors)
-    return targets if names_all else listed
+            return pattern_of_layers
+    old = adapter.config.get("target_modules") or []
+    if isinstance(old, str):
+        pattern = old
+    else:
+        old = sorted(old) if isinstance(old, set) else list(old)  # JSON has no set
+        pattern = "|".join(rf"(.*\.)?{re.escape(ending)}" for ending in old)
+    if all(re.fullmatch(pattern, layer) for layer in layers):
+        return old  # it may name more layers; PEFT starts these at ΔW = 0
+    return pattern_of_layers
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -860,9 +879,11 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-        own     98 % of the samples are nearer than this to the mean of the others of their task
-        other   98 % of the samples are farther than this from the means of all other tasks
-        radius  half-way between own and other, but never less than own; with one task own
+            0 ---------- own ------ radius ------ other ----------> distance to a mean
+
+        own     98 % of the samples are nearer to the mean of the others of their task
+        other   98 % of the samples are farther from the mean of each other task
+        radius  half-way; but own, if other is less, or if there is one task
         """
         for task, x in features.items():
             if x.dim() != 2 or len(x) < 2 or not x.isfinite().all():
@@ -873,14 +894,14 @@ class Router:
         scale = whitening(residuals)
         means = torch.stack([x.mean(0) for x in samples]) @ scale
         own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
-        if len(samples) == 1:
-            return cls(list(features), means, scale, float(own))
-        to_nearest = []
-        for i, x in enumerate(samples):
-            other_means = torch.cat([means[:i], means[i + 1 :]])
-            to_nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
-        other = torch.quantile(torch.cat(to_nearest), 0.02)
-        radius = torch.maximum(own, (own + other) / 2)
+        radius = own
+        if len(samples) > 1:
+            to_nearest = []
+            for i, x in enumerate(samples):
+                other_means = torch.cat([means[:i], means[i + 1 :]])
+                to_nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
+            other = torch.quantile(torch.cat(to_nearest), 0.02)
+            radius = torch.maximum(own, (own + other) / 2)
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -903,16 +924,18 @@ def leave_one_out(x):
 
 
 def whitening(residuals):
-    """scale (f, f) with scale scale^T = C^-1, so that ‖r scale‖ is the Mahalanobis distance of r.
+    """scale (f, f), so that ‖r scale‖ is the Mahalanobis distance of a residual r.
 
-    C is the covariance of residuals r (N, f), a tenth shrunk towards its diagonal D, as few samples
-    make some directions look too certain. In D a constant feature gets a small variance, not 0.
+    The covariance of the residuals (N, f) is shrunk a tenth towards its diagonal, as few samples
+    make some directions look too certain. With shrunk = L L^T and scale = L^-T
+
+        ‖r scale‖² = r L^-T L^-1 r^T = r shrunk^-1 r^T
     """
-    C = residuals.T @ residuals / len(residuals)
-    variances = C.diagonal()
-    least = 1e-6 * variances.max() + 1e-30  # 1e-30: if all features are constant
-    D = variances.clamp_min(least).diag()
-    L = torch.linalg.cholesky(0.9 * C + 0.1 * D)  # the shrunk C is L L^T; its inverse is L^-T L^-1
+    covariance = residuals.T @ residuals / len(residuals)
+    variances = covariance.diagonal()
+    least = 1e-6 * variances.max() + 1e-30  # for a constant feature, whose variance is 0
+    shrunk = 0.9 * covariance + 0.1 * variances.clamp_min(least).diag()
+    L = torch.linalg.cholesky(shrunk)
     return torch.linalg.inv(L).T
 
 
@@ -941,7 +964,7 @@ def average(share, tasks, name, p=None):
 # --- The command
 def main(argv=None):
     args = parse_args(argv)
-    # More threads are of no use to matrices this small; costs are those of one core.
+    # More threads are of no use to matrices this small, or smaller. Costs are those of one core.
     torch.set_num_threads(1 if args.quick or args.scaling else 2)
     s = Settings(seed=args.seed)
     if args.quick:
