@@ -49,7 +49,8 @@ from torch.nn import functional as F
 ROUNDING = 1e-6  # relative size below which a singular value or a column counts as 0
 
 
-# --- Part 1, the paper. (Functions of share, and from_adapters, become methods of Share.)
+# --- Part 1, the paper. from_adapters, learn and merge become methods of Share, and task_factors
+# becomes Share.factors. What they call share is then self.
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -93,7 +94,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # Without autocast, which would round what `reconstruct` and `learn` keep. forward may round.
+    # Autocast may round their products with x, but not B and A: `reconstruct` returns them.
     with torch.autocast(beta.device.type, enabled=False):
         B = beta @ eps_beta
         A = (alpha @ eps_alpha).T
@@ -183,11 +184,12 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    U, S = left_svd(X, rounding)  # without any directions if X is 0
+    U, S = left_svd(X, rounding)  # no directions if X is 0
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
-        # If they explain 0.5, 0.8, 1.0, and variance is 0.6, one is too few, and k = 2.
-        too_few = explained < variance - 1e-13  # 1e-13: the sums have errors of rounding
+        # These sums are wrong by 1e-16 or so, and each direction adds ROUNDING² = 1e-12 or more.
+        # 1e-13 lies between. If they are 0.5, 0.8, 1.0, for 0.6 one is too few, and k = 2.
+        too_few = explained < variance - 1e-13
         k = int(too_few.sum()) + 1
     return torch.linalg.qr(U[:, :k]).Q  # QR, as left_svd's U is orthonormal only roughly
 
@@ -230,7 +232,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
-    phi: temporary columns beside each basis: 0, or less than the largest k; more than p are no use.
+    phi: temporary columns beside each basis: 0, or less than the largest k.
     grow: with phi > 0 the task is merged afterwards; False: by the paper's phase 3, which may lose
     much of it, see `retained`; True (ours): by adding directions to the bases, which loses nothing.
     finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
@@ -341,14 +343,16 @@ def keep_sizes(merged, bases, pairs, variance, stacking):
     """Ours: merged; but where a basis got smaller, made again with the old size for this side.
 
     The rebuilt factors lie in the old basis, and fewer directions explain, say, 60 % of them: by
-    variance alone each merge would keep 60 % of the 60 % that the last one has kept. A side that
-    did not get smaller comes out as in merged.
+    variance alone each merge would keep 60 % of the 60 % that the last one has kept. With a size
+    `build_basis` does not subtract the mean: this basis is not the smaller one and some directions
+    more, but another one. The other side comes out as in merged.
     """
     new_bases, _ = merged
-    sizes = []
-    for basis, new_basis in zip(bases, new_bases, strict=True):
-        got_smaller = new_basis.shape[1] < basis.shape[1]
-        sizes.append(basis.shape[1] if got_smaller else None)  # None: by variance, as before
+    sizes = [None, None]  # by variance, as before
+    for side in (0, 1):
+        old_size = bases[side].shape[1]
+        if new_bases[side].shape[1] < old_size:
+            sizes[side] = old_size
     if sizes == [None, None]:
         return merged
     return build_layer(pairs, variance, sizes, stacking)
@@ -357,10 +361,11 @@ def keep_sizes(merged, bases, pairs, variance, stacking):
 def faster(merge_layer, bases, old, new, **rule):
     """merge_layer(bases, old, new, **rule), with columns of q numbers in place of n.
 
-    All its columns lie in the span of the old basis and the new factors. Let Q (n, q) be an
-    orthonormal basis of this span, and write each column as x = Q y. Norms, inner products and
-    means of the x are those of the y, and merge_layer uses nothing else. So the sizes and all
-    coefficients stay, and a direction u of the y stands for the direction Q u. (Signs may differ.)
+    If an old basis of 32 directions meets a new B of 8 columns, all columns of the merge lie in a
+    space of q = 40 dimensions, whatever n is. Let Q (n, q) be an orthonormal basis of it; then each
+    column is x = Q y. The merge uses norms and inner products of columns, which are the same for
+    the x and the y, and their mean, which is mean(x) = Q mean(y). So coefficients and sizes are the
+    same, and a direction u of the y is the direction Q u of the x. (Signs may differ.)
     """
     # 1. Find Q for each side.
     beta, alpha = bases
@@ -550,8 +555,8 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
-        # The paper asks for phi < k. Here k differs by layer and side, and phi does not. We ask for
-        # less than the largest: a smaller basis may get more temporary columns than it has.
+        # The paper asks for phi < k. Here k differs by layer and side, so phi is held against the
+        # largest. Nothing depends on it: this refuses a phi that is surely a mistake.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
         max_k = max(sizes, default=0)
         if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
@@ -783,23 +788,21 @@ def squared_norm(adapter):
 def left_svd(X, rounding):
     """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
 
-    By eigenvectors of the smaller of X X^T and X^T X: up to 6 times faster than torch.linalg.svd.
-    The price is that squaring loses digits. A small S may be wrong by 1e-8 of the largest S; those
-    up to rounding, which is 1e-6 of it or more, are left out. And the columns of U = X V / S with a
-    small S are not exactly orthogonal to the others: main_directions mends this by QR.
+    By eigenvectors of the smaller of X X^T and X^T X: up to 6 times faster than torch.linalg.svd,
+    which may take its place. The eigenvalues, S², are wrong by 1e-16 of the largest. This hides an
+    S below 1e-8 of the largest; but rounding is 1e-6 of it or more, so all that is kept is right.
     """
     n, m = X.shape
-    if n <= m:
-        return largest_first(X @ X.T, rounding)  # X X^T = U S² U^T
-    V, S = largest_first(X.T @ X, rounding)  # X^T X = V S² V^T
-    return X @ V / S, S  # X V = U S
-
-
-def largest_first(gram, rounding):
-    """The eigenvectors of X X^T or X^T X, and the singular values of X that are above rounding."""
-    squares, vectors = torch.linalg.eigh(gram)  # the smallest first
-    kept = squares > rounding**2
-    return vectors[:, kept].flip(1), squares[kept].sqrt().flip(0)
+    if n <= m:  # X X^T = U S² U^T
+        squares, U = torch.linalg.eigh(X @ X.T)  # the smallest first
+        kept = squares > rounding**2
+        U, S = U[:, kept], squares[kept].sqrt()
+    else:  # X^T X = V S² V^T, and X V = U S
+        squares, V = torch.linalg.eigh(X.T @ X)
+        kept = squares > rounding**2
+        V, S = V[:, kept], squares[kept].sqrt()
+        U = X @ V / S  # orthonormal only roughly where S is small
+    return U.flip(1), S.flip(0)
 
 
 def best_rank(eps, p):
@@ -835,14 +838,15 @@ def with_mean(basis, X):
 
 
 def update_columns(B, A_T):
-    """Ours: columns C with the left, and D with the right singular vectors of ΔW = B A.
+    """Ours: columns C and D that depend on ΔW = B A alone, up to a rotation of the columns.
 
-    B itself will not do: 2 B and A / 2 have the same ΔW. By QR decompositions A^T = Q R, B = P T
+    B and A^T will not do: 2 B and A / 2 have the same ΔW. By QR decompositions A^T = Q R, B = P T
 
         ΔW   = B R^T Q^T    = C Q^T  with  C = B R^T,    so that  ΔW ΔW^T = C C^T
         ΔW^T = A^T T^T P^T  = D P^T  with  D = A^T T^T,  so that  ΔW^T ΔW = D D^T
 
-    as Q^T Q = 1 and P^T P = 1. So C and D have ΔW's singular vectors and singular values.
+    as Q^T Q = 1 and P^T P = 1. So C has the left singular vectors of ΔW, D the right ones, and both
+    have its singular values.
     """
     B, A_T = B.double(), A_T.double()
     R = torch.linalg.qr(A_T, mode="r").R
@@ -855,7 +859,7 @@ def update_columns(B, A_T):
 def bases_of_updates(pairs, variance, sizes):
     """Ours, for "updates": the main directions of the tasks' C, and of their D, of norm 1 each.
 
-    No mean is subtracted: with any rotation O, C O has the same C C^T as C, but another mean.
+    No mean is subtracted, as it is arbitrary: for any rotation O, C O would do as well as C.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
     bases = []
@@ -870,8 +874,8 @@ def bases_of_updates(pairs, variance, sizes):
 def side_by_side(matrices):
     """Matrices (n, r) as one (n, m), each divided by its norm: all tasks weigh the same.
 
-    A norm of less than ROUNDING times the largest may be that of rounding alone. Such a matrix is
-    divided by that much, so that it does not get the norm 1.
+    A norm below ROUNDING times the largest may be that of rounding alone. Such a matrix is divided
+    by ROUNDING times the largest, and so stays small.
     """
     norms = torch.stack([matrix.norm() for matrix in matrices])
     if norms.max() > 0:
@@ -888,13 +892,12 @@ def grow_layer(bases, old, new, variance, k, stacking):
     """
     beta, alpha = bases
     for B, A_T in new.values():  # one by one: variance and rounding are relative to an adapter
-        columns = B, A_T
-        if stacking == "updates":
-            # Bases that hold C and D are enough. B and A may have more than ΔW; this is projected
-            # away below, and beta beta^T ΔW alpha alpha^T is still ΔW.
-            columns = update_columns(B, A_T)
-        beta = grow_basis(beta, columns[0], variance, k)
-        alpha = grow_basis(alpha, columns[1], variance, k)
+        if stacking == "factors":  # the bases are to hold B and A
+            C, D = B, A_T
+        else:  # "updates": they are to hold ΔW, although `project` may lose parts of B and of A
+            C, D = update_columns(B, A_T)
+        beta = grow_basis(beta, C, variance, k)
+        alpha = grow_basis(alpha, D, variance, k)
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
@@ -994,9 +997,12 @@ def frozen(model):
 
 
 def put_back(buffer, value):
-    """Write a buffer; or leave it, if PyTorch refuses, as it does for an expanded one."""
-    # Outside of inference mode a buffer that was made in it is read-only. In it all can be written.
-    with contextlib.suppress(RuntimeError), torch.inference_mode():
+    """Write a buffer. Two kinds are special.
+
+    Outside of inference mode one that was made in it is read-only. In it all can be written.
+    An expanded one, whose elements share memory, cannot be written at all, and is left.
+    """
+    with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
 
 

@@ -1834,9 +1834,9 @@ def test_the_key_is_added_to_the_message_over_and_over():
 def test_the_picture_has_a_cell_for_each_accuracy_of_both():
     row = {"accuracy_matrix": [[0.9, 0.1], [0.7, 0.5]], "acc": 0.6, "forgetting": -0.0}
     root = ElementTree.fromstring(train.svg({"lora_sequential": row, "share": row}, 7))
-    shades = [e.get("fill-opacity") for e in root if e.tag.endswith("rect")]
+    shades = [e.get("fill-opacity") for e in root.iter() if e.tag.endswith("rect")]
     assert shades == ["0.90", "0.10", "0.70", "0.50"] * 2
-    words = [e.text for e in root if e.tag.endswith("text")]
+    words = [e.text for e in root.iter() if e.tag.endswith("text")]
     assert {"One LoRA, seed 7", "Share, seed 7", "ACC 0.60, forgetting 0.00"} <= set(words)
 
 

@@ -7,8 +7,10 @@ them, eps_beta and eps_alpha (k, p), which give its change of the layer's weight
 
     phase 1  Share.from_adapters    LoRA adapters of the first tasks make the bases
     phase 2  share.learn            each later task trains its coefficients in the bases
-    phase 3  share.learn, phi > 0   phi temporary columns beside each basis are trained with them,
-             (with --all)           and then merged into the basis
+    phase 3  share.learn, phi > 0   phi temporary columns beside each basis, which were trained
+                                    with them, are merged into the basis (a row of --all)
+
+The bases are ours ("updates", see Settings). `compare` tells the experiment.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -75,8 +77,9 @@ class Settings:
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
     # Share; its rate does not fall
-    # The bases are main directions of the adapters' B and A^T if this is "factors", the paper's. If
-    # it is "updates", ours: of the singular vectors of their B A, weighted by the singular values.
+    # What phase 1 takes the main directions of:
+    # "factors"  the paper's: the adapters' B, and their A^T
+    # "updates"  ours: the singular vectors of each B A, times its singular values
     stack: str = "updates"
     variance: float = 0.95  # that the bases explain
     p: int = 1  # pseudo-rank: columns of a later task's coefficients
@@ -278,39 +281,38 @@ class Experiment:
         return row_of_matrix(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Train coefficients of p columns for task t.
+        """Train task t with coefficients of p columns: the last loss, and how many numbers.
 
-        phi = 0  phase 2: B = beta eps_beta, and the bases are frozen.
-        phi > 0  phase 2: B = [beta, C] eps_beta, and phi columns C are trained, too; A likewise.
-                 Then phase 3 merges C into the bases:
-          grow=True   ours: the bases get more directions; the ΔW of earlier tasks stays
+        phi = 0  eps_beta (k, p) is trained, with B = beta eps_beta. A likewise.
+        phi > 0  eps_beta (k + phi, p), and phi temporary columns C beside beta, are trained, with
+                 B = [beta, C] eps_beta. A likewise. Then phase 3 merges C into the bases:
+          grow=True   ours: directions are added; the ΔW of earlier tasks stays
           grow=False  the paper's: all tasks get new bases; earlier ones may lose accuracy
-
-        Returns the last loss, and how many numbers were trained.
         """
         s = self.s
         seed = 100 * s.seed + t
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
             # In this block only the coefficients, and C, require gradients.
             loss, trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        return loss, trained  # at the end of the block the share has taken the task in
+        # At the end of the block the share has taken the task in.
+        return loss, trained
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
         accuracies = []
         for t in tasks:
-            share.select(self.names[t])  # changes the model that the share is attached to
+            share.select(self.names[t])  # `model`, to which the share is attached, adds its ΔW now
             accuracies.append(accuracy(model, self.tests[t]))
         return accuracies
 
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
-        """Learn, in order, the tasks that the share does not have. Returns the model and the row.
+        """Learn, in order, the tasks that the share lacks. Returns the attached model and the row.
 
-        It has the first ones; first_rows are their rows of the accuracy matrix.
+        first_rows: rows of the accuracy matrix for the tasks that the share has, one each.
         """
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
-        for t in range(len(share.tasks), len(self.names)):
+        for t in range(len(matrix), len(self.names)):
             loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
             matrix.append(self.matrix_row(learned))
@@ -429,22 +431,17 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """The least n >= first for which Share stores less for n tasks than LoRAs, `other`, or None.
-
-        Share  fixed + n * share_each    fixed: the bases, and what the first tasks, which have
-        LoRAs  n * lora_each             rank r, store beyond share_each
-
-    So Share stores less if n > fixed / (lora_each - share_each).
-    """
+    """From how many tasks on, at least `first`, Share stores less than LoRAs, `other`; or None."""
     share = methods["share"]
     share_each = share["trained_per_task"]  # a later task stores what it trains
-    saved_by_each = methods[other]["trained_per_task"] - share_each
-    if saved_by_each <= 0:
+    lora_each = methods[other]["trained_per_task"]
+    if lora_each <= share_each:
         return None
     tasks = len(share["accuracy_matrix"])
-    fixed = share["stored"] - tasks * share_each
-    least = fixed // saved_by_each + 1  # the first whole number above the quotient
-    return max(first, least)
+    fixed = share["stored"] - tasks * share_each  # the bases; r columns of first tasks, not p
+    # n tasks: fixed + n * share_each < n * lora_each, so that n > fixed / (lora_each - share_each)
+    n = fixed // (lora_each - share_each) + 1
+    return max(first, n)
 
 
 def spread(values, digits):
@@ -526,7 +523,7 @@ def share_routed(e, share, model):
     def routed_accuracy(batch):
         tokens, _ = batch
         names = router.route(hidden(tokens))  # for each prompt a task's, or None: the base
-        share.select(names)
+        share.select(names)  # a mixed batch
         return accuracy(model, batch)
 
     stored = num_parameters(share) + router.means.numel() + router.scale.numel()
@@ -673,38 +670,44 @@ def new_coefficients(columns, variance):
     centred = columns - columns.mean(1, keepdim=True)
     U, S, _ = torch.linalg.svd(centred, full_matrices=False)
     explained = S.square().cumsum(0) / S.square().sum()  # by one direction, by two, …
-    k = int((explained < variance).sum()) + 1  # of 0.5, 0.8, 1.0 for 0.6 one is too few: k = 2
-    basis = U[:, :k]
-    return basis.T @ columns  # the paper centres for the SVD, and not here
+    k = int((explained < variance).sum()) + 1  # all that fall short, and the one that reaches it
+    # As in the paper the mean is subtracted to find the basis, but not before projecting.
+    return U[:, :k].T @ columns
 
 
 def svg(methods, seed):
     """The accuracy matrices of lora_sequential and share side by side, as heat maps."""
-    cell, margin, gap, top = 20, 60, 80, 60  # a cell's side; the room left, between, above
+    cell = 20
+    left, top = 60, 60  # room for the words beside and above a matrix
     side = cell * len(methods["share"]["accuracy_matrix"])
-    high = max(side, 200)  # room for the words at the side
-    wide = max(side, 240)  # room for the words
-    second = margin + wide + gap  # where Share's matrix begins
-    size = f"{second + wide + cell} {top + high + 40}"
+    right = left + max(side, 240) + 80  # where Share's matrix begins: its words need 240
+    size = f"{right + max(side, 240) + cell} {top + max(side, 200) + 40}"
     style = "text { font: 14px sans-serif; fill: #1f2328 } rect { fill: #2f7fd8; stroke: #8888 } "
     style += "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } rect { fill: #58a6ff } }"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">'
-    text = '<text transform="translate({x} {y}) rotate({turn})">{words}</text>'
-    page = [head, f"<style>{style}</style>"]
-    for left, name, title in ((margin, "lora_sequential", "One LoRA"), (second, "share", "Share")):
-        row = methods[name]
-        scores = f"ACC {row['acc']:.2f}, forgetting {spread([row['forgetting']], 2)}"
-        below = top + side + 22
-        page.append(text.format(x=left, y=top - 32, turn=0, words=f"{title}, seed {seed}"))
-        page.append(text.format(x=left, y=top - 12, turn=0, words=scores))
-        page.append(text.format(x=left, y=below, turn=0, words="accuracy on task 0, 1, … →"))
-        page.append(text.format(x=left - 22, y=top, turn=90, words="after learning task 0, 1, … →"))
-        for i, accuracies in enumerate(row["accuracy_matrix"]):
-            for j, part in enumerate(accuracies):
-                place = f'x="{left + j * cell}" y="{top + i * cell}" width="{cell}" height="{cell}"'
-                shade = f'fill-opacity="{part:.2f}"'  # so that 0 is the page, light or dark
-                page.append(f"<rect {place} {shade}><title>{part:.2f}</title></rect>")
+    page = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">']
+    page.append(f"<style>{style}</style>")
+    page += heat_map(methods["lora_sequential"], f"One LoRA, seed {seed}", left, top, cell)
+    page += heat_map(methods["share"], f"Share, seed {seed}", right, top, cell)
     return "\n".join([*page, "</svg>\n"])
+
+
+def heat_map(row, title, left, top, cell):
+    """Lines of SVG: the accuracy matrix of a row, with its upper left corner at (left, top)."""
+    matrix = row["accuracy_matrix"]
+    below = cell * len(matrix) + 22
+    scores = f"ACC {row['acc']:.2f}, forgetting {spread([row['forgetting']], 2)}"
+    lines = [f'<g transform="translate({left} {top})">']
+    lines.append(f'<text y="-32">{title}</text>')
+    lines.append(f'<text y="-12">{scores}</text>')
+    lines.append(f'<text y="{below}">accuracy on task 0, 1, … →</text>')
+    turn = 'transform="translate(-22 0) rotate(90)"'
+    lines.append(f"<text {turn}>after learning task 0, 1, … →</text>")
+    for i, accuracies in enumerate(matrix):
+        for j, part in enumerate(accuracies):
+            place = f'x="{cell * j}" y="{cell * i}" width="{cell}" height="{cell}"'
+            shade = f'fill-opacity="{part:.2f}"'  # so that 0 is the page, light or dark
+            lines.append(f"<rect {place} {shade}><title>{part:.2f}</title></rect>")
+    return [*lines, "</g>"]
 
 
 # --- PEFT's files
@@ -846,19 +849,19 @@ def peft_targets(adapter):
     """
     layers = list(adapter.factors)
     pattern_of_layers = "|".join(map(re.escape, layers))
-    for key in ("exclude_modules", "layers_to_transform"):
-        # save_peft drops these. Without them the old value would name more layers.
-        if adapter.config.get(key) not in (None, [], ""):  # 0 is the number of a layer
-            return pattern_of_layers
+    # save_peft drops these two. Without them the old value would name more layers.
+    narrowing = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
+    if any(value not in (None, [], "") for value in narrowing):  # 0 is the number of a layer
+        return pattern_of_layers
     old = adapter.config.get("target_modules") or []
     if isinstance(old, str):
-        pattern = old
+        names_all = all(re.fullmatch(old, layer) for layer in layers)
     else:
         old = sorted(old) if isinstance(old, set) else list(old)  # JSON has no set
-        pattern = "|".join(rf"(.*\.)?{re.escape(ending)}" for ending in old)
-    if all(re.fullmatch(pattern, layer) for layer in layers):
-        return old  # it may name more layers; PEFT starts these at ΔW = 0
-    return pattern_of_layers
+        endings = tuple(f".{ending}" for ending in old)
+        names_all = all(f".{layer}".endswith(endings) for layer in layers)
+    # If the old value names more layers, PEFT starts these at ΔW = 0.
+    return old if names_all else pattern_of_layers
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -879,11 +882,9 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-            0 ---------- own ------ radius ------ other ----------> distance to a mean
-
-        own     98 % of the samples are nearer to the mean of the others of their task
-        other   98 % of the samples are farther from the mean of each other task
-        radius  half-way; but own, if other is less, or if there is one task
+        own     the distance of a sample to the mean of the others of its task, at most (98 %)
+        other   the distance of a sample to the nearest mean of another task, at least (98 %)
+        radius  half-way between the two, but at least own; with one task own
         """
         for task, x in features.items():
             if x.dim() != 2 or len(x) < 2 or not x.isfinite().all():
@@ -893,15 +894,15 @@ class Router:
         residuals = torch.cat([leave_one_out(x) for x in samples])
         scale = whitening(residuals)
         means = torch.stack([x.mean(0) for x in samples]) @ scale
-        own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
-        radius = own
-        if len(samples) > 1:
-            to_nearest = []
-            for i, x in enumerate(samples):
-                other_means = torch.cat([means[:i], means[i + 1 :]])
-                to_nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
-            other = torch.quantile(torch.cat(to_nearest), 0.02)
-            radius = torch.maximum(own, (own + other) / 2)
+        own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)  # 98 % are nearer
+        if len(samples) == 1:
+            return cls(list(features), means, scale, float(own))
+        to_nearest = []
+        for i, x in enumerate(samples):
+            other_means = torch.cat([means[:i], means[i + 1 :]])
+            to_nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
+        other = torch.quantile(torch.cat(to_nearest), 0.02)  # 98 % are farther
+        radius = torch.maximum(own, (own + other) / 2)  # half-way, but own if tasks overlap
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -924,17 +925,13 @@ def leave_one_out(x):
 
 
 def whitening(residuals):
-    """scale (f, f), so that ‖r scale‖ is the Mahalanobis distance of a residual r.
-
-    The covariance of the residuals (N, f) is shrunk a tenth towards its diagonal, as few samples
-    make some directions look too certain. With shrunk = L L^T and scale = L^-T
-
-        ‖r scale‖² = r L^-T L^-1 r^T = r shrunk^-1 r^T
-    """
+    """scale (f, f), so that ‖r scale‖ is the Mahalanobis distance of a residual r."""
     covariance = residuals.T @ residuals / len(residuals)
+    # Few samples make some directions look too certain: shrink a tenth towards the diagonal.
     variances = covariance.diagonal()
     least = 1e-6 * variances.max() + 1e-30  # for a constant feature, whose variance is 0
     shrunk = 0.9 * covariance + 0.1 * variances.clamp_min(least).diag()
+    # ‖r scale‖² is to be r shrunk^-1 r^T. With shrunk = L L^T that is r L^-T L^-1 r^T.
     L = torch.linalg.cholesky(shrunk)
     return torch.linalg.inv(L).T
 
