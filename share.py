@@ -122,7 +122,7 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
 
     variance, k: see `build_basis`; the paper's 0.6 may keep little, see `retained`. stack: the
     paper's "factors", or "updates", see `bases_of_updates`. p: the pseudo-rank, to which tasks are
-    cut; None does not cut.
+    cut; None does not cut. Later merges go by the same variance, but not by k.
     """
     check_numbers(variance, k=k, p=p)
     share = cls(variance, stack)
@@ -184,11 +184,11 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    U, S = left_svd(X, rounding)  # no directions if X is 0
+    U, S = left_svd(X, rounding)  # if X is 0, U has no columns, and so has the result
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
-        # These sums are wrong by 1e-16 or so, and each direction adds ROUNDING² = 1e-12 or more.
-        # 1e-13 lies between. If they are 0.5, 0.8, 1.0, for 0.6 one is too few, and k = 2.
+        # Of 0.5, 0.8, 1.0 for variance 0.6 one is too few, and k = 2. 1e-13 forgives the sums their
+        # rounding, and skips no direction, as each adds ROUNDING² = 1e-12 or more.
         too_few = explained < variance - 1e-13
         k = int(too_few.sum()) + 1
     return torch.linalg.qr(U[:, :k]).Q  # QR, as left_svd's U is orthonormal only roughly
@@ -342,13 +342,12 @@ def merge_layer(bases, old, new, variance, k, stacking):
 def keep_sizes(merged, bases, pairs, variance, stacking):
     """Ours: merged; but where a basis got smaller, made again with the old size for this side.
 
-    The rebuilt factors lie in the old basis, and fewer directions explain, say, 60 % of them: by
-    variance alone each merge would keep 60 % of the 60 % that the last one has kept. With a size
-    `build_basis` does not subtract the mean: this basis is not the smaller one and some directions
-    more, but another one. The other side comes out as in merged.
+    The rebuilt factors lie in the old basis. A merge that keeps 60 % of them, after one that kept
+    60 %, leaves 36 %, and so on. With a size `build_basis` does not subtract the mean: this side is
+    made anew, not extended. The other side is made by variance again, and comes out as in merged.
     """
     new_bases, _ = merged
-    sizes = [None, None]  # by variance, as before
+    sizes = [None, None]
     for side in (0, 1):
         old_size = bases[side].shape[1]
         if new_bases[side].shape[1] < old_size:
@@ -555,8 +554,8 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
-        # The paper asks for phi < k. Here k differs by layer and side, so phi is held against the
-        # largest. Nothing depends on it: this refuses a phi that is surely a mistake.
+        # The paper asks for phi < k. Here k differs by layer and side, so phi has to be below the
+        # largest. Nothing below relies on this limit: it refuses a phi that is surely a mistake.
         sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
         max_k = max(sizes, default=0)
         if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
@@ -587,6 +586,8 @@ class Share:
                 parameters["eps_beta"] = eps_beta.clone()
                 parameters["eps_alpha"] = eps_alpha.clone()
                 start[layer] = parameters
+        if not start:
+            raise ValueError(f"task {task!r} has no coefficients to train in any layer")
         return start
 
     @contextlib.contextmanager
@@ -788,9 +789,10 @@ def squared_norm(adapter):
 def left_svd(X, rounding):
     """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
 
-    By eigenvectors of the smaller of X X^T and X^T X: up to 6 times faster than torch.linalg.svd,
-    which may take its place. The eigenvalues, S², are wrong by 1e-16 of the largest. This hides an
-    S below 1e-8 of the largest; but rounding is 1e-6 of it or more, so all that is kept is right.
+    It does the same as torch.linalg.svd, but up to 6 times faster: by the eigenvalues S² of the
+    smaller of X X^T and X^T X. The price: each S² is wrong by 1e-16 of the largest. All callers
+    pass a rounding of 1e-6 of the largest S or more: so S² is at least 1e-12 of the largest, and
+    right to 4 digits.
     """
     n, m = X.shape
     if n <= m:  # X X^T = U S² U^T
@@ -838,15 +840,13 @@ def with_mean(basis, X):
 
 
 def update_columns(B, A_T):
-    """Ours: columns C and D that depend on ΔW = B A alone, up to a rotation of the columns.
+    """Ours: columns C and D with C C^T = ΔW ΔW^T and D D^T = ΔW^T ΔW, for ΔW = B A.
 
-    B and A^T will not do: 2 B and A / 2 have the same ΔW. By QR decompositions A^T = Q R, B = P T
+    So C has the left singular vectors of ΔW, D the right ones, and both its singular values. B and
+    A^T have others: 2 B and A / 2 have the same ΔW. By QR decompositions
 
-        ΔW   = B R^T Q^T    = C Q^T  with  C = B R^T,    so that  ΔW ΔW^T = C C^T
-        ΔW^T = A^T T^T P^T  = D P^T  with  D = A^T T^T,  so that  ΔW^T ΔW = D D^T
-
-    as Q^T Q = 1 and P^T P = 1. So C has the left singular vectors of ΔW, D the right ones, and both
-    have its singular values.
+        A^T = Q R:  ΔW   = B (Q R)^T   = (B R^T) Q^T    = C Q^T,  where Q^T Q = 1
+        B   = P T:  ΔW^T = A^T (P T)^T = (A^T T^T) P^T  = D P^T,  where P^T P = 1
     """
     B, A_T = B.double(), A_T.double()
     R = torch.linalg.qr(A_T, mode="r").R
@@ -892,9 +892,11 @@ def grow_layer(bases, old, new, variance, k, stacking):
     """
     beta, alpha = bases
     for B, A_T in new.values():  # one by one: variance and rounding are relative to an adapter
-        if stacking == "factors":  # the bases are to hold B and A
+        if stacking == "factors":  # grow until the bases hold B and A^T
             C, D = B, A_T
-        else:  # "updates": they are to hold ΔW, although `project` may lose parts of B and of A
+        else:
+            # "updates": grow until they hold the columns of ΔW and of ΔW^T. If A lacks rank, B may
+            # have a part that B A does not use. `project` drops it, and ΔW stays the same.
             C, D = update_columns(B, A_T)
         beta = grow_basis(beta, C, variance, k)
         alpha = grow_basis(alpha, D, variance, k)
@@ -997,10 +999,11 @@ def frozen(model):
 
 
 def put_back(buffer, value):
-    """Write a buffer. Two kinds are special.
+    """Set a buffer to a value, where PyTorch allows it.
 
-    Outside of inference mode one that was made in it is read-only. In it all can be written.
-    An expanded one, whose elements share memory, cannot be written at all, and is left.
+    - A buffer that was made in inference mode can be written in this mode only. Any other can be
+      written there, too. Hence inference_mode().
+    - An expanded buffer, whose elements share memory, can never be written. Hence suppress().
     """
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)

@@ -1478,6 +1478,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(change, words):
     (lambda s, m: enter(s, m, "a"), "task 'a' exists"),
     (lambda s, m: enter(EMPTY, EMPTY.attach(net()), phi=0), "with phi = 0 no layer has bases"),
     (lambda s, m: enter(s, m, "a", finetune=True, phi=1), "phi is 1"),
+    (lambda s, m: enter(EMPTY, m, "a", finetune=True), "task 'a' has no coefficients to train"),
     (lambda s, m: enter(s, m, "x", finetune=True), UNKNOWN),
     (lambda s, m: average(s, "", "new"), "adapter has no layers"),
     *[(lambda s, m, x=x: attach_lora(net(), x), "ends the name of no") for x in ([], ["third"])],
