@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROUNDING = 1e-6  # relative size below which a singular value or a column counts as 0
+SLACK = 1e-13  # between float64's errors, 1e-16, and the least that a direction explains, ROUNDING²
 
 
 # --- Part 1, the paper. from_adapters, learn and merge become methods of Share, and task_factors
@@ -187,9 +188,8 @@ def main_directions(X, rounding, variance=None, k=None):
     U, S = left_svd(X, rounding)  # if X is 0, U has no columns, and so has the result
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
-        # Of 0.5, 0.8, 1.0 for variance 0.6 one is too few, and k = 2. 1e-13 forgives the sums their
-        # rounding, and skips no direction, as each adds ROUNDING² = 1e-12 or more.
-        too_few = explained < variance - 1e-13
+        # If they explain 0.5, 0.8, 1.0, and variance is 0.6, one is too few, and k = 2.
+        too_few = explained < variance - SLACK
         k = int(too_few.sum()) + 1
     return torch.linalg.qr(U[:, :k]).Q  # QR, as left_svd's U is orthonormal only roughly
 
@@ -789,10 +789,9 @@ def squared_norm(adapter):
 def left_svd(X, rounding):
     """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
 
-    It does the same as torch.linalg.svd, but up to 6 times faster: by the eigenvalues S² of the
-    smaller of X X^T and X^T X. The price: each S² is wrong by 1e-16 of the largest. All callers
-    pass a rounding of 1e-6 of the largest S or more: so S² is at least 1e-12 of the largest, and
-    right to 4 digits.
+    The plain way is torch.linalg.svd. This one takes the eigenvalues S² of the smaller of X X^T and
+    X^T X, which is some times faster. They are wrong by 1e-16 of the largest S². All callers pass a
+    rounding of 1e-6 of the largest S or more: this is enough to tell 0 from not 0.
     """
     n, m = X.shape
     if n <= m:  # X X^T = U S² U^T
@@ -938,10 +937,10 @@ def mixed_batch(share, layer, tasks, x):
     eps = [coefficients[layer].get(task, nothing) for task in tasks]
     eps_betas = stack_padded([eps_beta for eps_beta, _ in eps])
     eps_alphas = stack_padded([eps_alpha for _, eps_alpha in eps])
-    # ΔW x = beta eps_beta eps_alpha^T alpha^T x, from the right, with the eps of each sample s
-    y = x.to(alpha.dtype) @ alpha  # (s, ..., a), a coordinate for each direction a of alpha
-    y = torch.einsum("s...a,sap->s...p", y, eps_alphas)  # (s, ..., p), one for each column p
-    y = torch.einsum("s...p,sbp->s...b", y, eps_betas)  # (s, ..., b), for each direction b of beta
+    # ΔW x = beta eps_beta eps_alpha^T alpha^T x, from the right; only eps differ by sample s.
+    y = x.to(alpha.dtype) @ alpha  # (s, ..., kα)
+    y = torch.einsum("s...k,skp->s...p", y, eps_alphas)  # (s, ..., p)
+    y = torch.einsum("s...p,skp->s...k", y, eps_betas)  # (s, ..., kβ)
     return y @ beta.T  # (s, ..., n)
 
 
