@@ -454,6 +454,8 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
+            # accelerate, with its hooks removed, leaves the class's own forward in the layer.
+            vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
             # so that nn.TransformerEncoderLayer calls it, see the hook
@@ -521,6 +523,7 @@ class Share:
             linear.hook.remove()
             del linear.share, linear.layer, linear.hook
             linear.__class__ = nn.Linear
+            vars(linear).pop("forward", None)  # as in attach
         return model
 
     # --- Ours: a task more, a task less
@@ -918,8 +921,9 @@ def grow_basis(basis, columns, variance, k):
     k: the size up to which it grows; None: by variance. No mean is subtracted.
     """
     X = columns.double()
-    Q = torch.linalg.qr(basis.double()).Q  # the basis may be float32, and orthonormal only to 1e-7
-    outside = X - Q @ (Q.T @ X)
+    b = basis.double()
+    # (b^T b)^-1 is not exactly 1, as a float32 basis is orthonormal only to 1e-7.
+    outside = X - b @ torch.linalg.solve(b.T @ b, b.T @ X)
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
     room = None if k is None else max(0, k - basis.shape[1])
     added = main_directions(outside, rounding, variance, room)
@@ -953,7 +957,7 @@ def stack_padded(matrices):
 
 # --- Behind attach and learn
 def moved_layers(task, start, trained):
-    """{layer: {name: tensor}}, copies, of the layers in which a parameter has another value now."""
+    """{layer: {name: tensor}} of the layers in which a parameter has another value now."""
     moved = {}
     for layer, parameters in trained.items():
         end = {name: whole(parameter) for name, parameter in parameters.items()}
@@ -967,11 +971,11 @@ def moved_layers(task, start, trained):
 
 
 def whole(parameter):
-    """A copy of a parameter's numbers, which fully_shard, called in the block, may have split."""
+    """A parameter's numbers, which fully_shard, called in the block, may have split."""
     value = parameter.detach()
     if hasattr(value, "full_tensor"):
         value = value.full_tensor()  # every process has to come here
-    return value.clone()
+    return value
 
 
 @contextlib.contextmanager
@@ -1084,7 +1088,8 @@ def check_linear(layer, linear, cls, bases):
         raise ValueError(f"{where}: its weight is computed, as by pruning; make it permanent first")
     if type(linear) is not cls:
         raise ValueError(f"{where}; it takes {cls.__name__} itself, with its own forward")
-    if "forward" in vars(linear):
+    forward = vars(linear).get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not cls.forward:
         fix = "attach first and offload afterwards; remove the offload's hooks before detach"
         raise ValueError(f"{where}: its forward is patched; {fix}")
     if weight.is_meta:
@@ -1150,8 +1155,8 @@ def write_whole(path, content):
 # - Make optimizers, Trainers, DistributedDataParallel and moving averages in the block of learn,
 #   and load the best checkpoint before it ends.
 # - fully_shard replaces the parameters that learn yields: call it in the block, and then train
-#   those of model.parameters() that require gradients. Once sharded, a model can serve tasks, but
-#   learn refuses it: FSDP would not know the parameters that the next block adds. Tensor
+#   those of model.parameters() that require gradients. An attached model that is sharded can serve
+#   tasks, but learn refuses it: FSDP would not know the parameters that the next block adds. Tensor
 #   parallelism and nn.DataParallel do not work at all.
 # - A head that trains along is yours: unfreeze it in the block, copy it for each task, put it back.
 # - To give a learned task extras: reconstruct it, set them, remove it, add it.

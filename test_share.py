@@ -214,6 +214,19 @@ def test_a_merge_makes_a_basis_smaller_only_if_asked_to():
     assert sizes(share) == [2, 2, 2, 2]
 
 
+def test_in_a_merge_one_side_keeps_its_size_the_other_grows():
+    def both_signs(*columns):  # so that their mean is 0
+        return torch.cat([torch.stack(columns, 1), -torch.stack(columns, 1)], 1)
+
+    e = torch.eye(5).double()
+    share = Share.from_adapters(
+        {"a": Adapter({"x": (both_signs(e[0], e[1]), both_signs(e[0], e[0]).T)})}
+    )
+    assert sizes(share) == [2, 1]
+    share.merge({"b": Adapter({"x": (9 * both_signs(e[0], e[0]), 9 * both_signs(e[1], e[2]).T)})})
+    assert sizes(share) == [2, 2]  # by variance beta would have one
+
+
 @cases("rule, k", ({"k": 1}, 1), ({"variance": 1.0}, 4), ({}, 2))
 def test_a_new_layer_is_made_by_the_rule_of_its_merge(rule, k):
     share = Share.from_adapters(make_adapters("a"), variance=0.5)
@@ -488,6 +501,14 @@ def test_the_mean_is_a_direction_unless_it_lies_in_the_basis():
     assert build_basis(flat + 1e-3 * offset, 1.0).shape[1] == 3
     many = flat.repeat(1, 2000) + 1e-5 * offset  # little, but all columns have it
     assert build_basis(many, 1.0).shape[1] == 3
+
+
+@variants(stack=STACKS)
+def test_a_basis_of_k_has_no_direction_that_is_rounding(stack):
+    A = torch.randn(4, 2) @ torch.randn(2, 30)  # in float32 of rank 2 but for rounding
+    B = torch.randn(20, 2) @ torch.randn(2, 4)
+    share = Share.from_adapters(dict.fromkeys("ab", Adapter({"x": (B, A)})), k=10, stack=stack)
+    assert sizes(share) == [2, 2]
 
 
 @variants(t=[1, 2, 3, 40, 90], dtype=[torch.float32, torch.float64])
@@ -795,7 +816,7 @@ def test_a_folded_task_gives_the_outputs_of_the_attached_one(dtype, tolerance):
 
 
 def patched(linear):
-    linear.forward = linear.forward  # accelerate's hooks do so
+    linear.forward = functools.partial(linear.forward)  # accelerate's hooks do so
     return linear
 
 
@@ -847,6 +868,22 @@ def test_detach_refuses_what_it_cannot_fold_before_any_change(change, tasks, wor
         share.detach(model)
         assert type(model.second) is nn.Linear
     assert torch.equal(model.first.weight, weight)
+
+
+def test_a_removed_offload_is_no_obstacle():
+    def removed(linear):  # accelerate puts the forward back as an attribute of the layer
+        linear.forward = linear.forward
+
+    share = make_share()
+    model = net()
+    x = batch()
+    share.select("a")
+    weight = model.first.weight + share.reconstruct("a").delta("first").to(DEVICE)
+    removed(model.first)
+    expected = nn.functional.linear(x, weight, model.first.bias)
+    assert torch.allclose(share.attach(model).first(x), expected)
+    removed(model.first)
+    assert torch.allclose(share.detach(model, "a").first(x), expected)
 
 
 def test_a_copied_model_has_a_share_of_its_own():
@@ -928,6 +965,20 @@ def test_a_shares_numbers_follow_the_model_but_not_to_meta():
     share.coefficients["first"]["a"] = None  # whatever moves it fails
     share.attach(net(torch.float32).to("cpu")).half().float()(x)
     assert share.coefficients["first"]["a"] is None
+
+
+def test_a_layers_numbers_move_to_where_its_weight_is(monkeypatch):
+    share, model = attached()
+    with torch.inference_mode():
+        module.move_layer(share, "first", torch.device("meta"))
+    assert {basis.device.type for basis in share.bases["first"]} == {"meta"}
+    assert not any(tensor.is_inference() for tensor in tensors(share))  # such can never be trained
+    moved = []
+    monkeypatch.setattr(module, "move_layer", lambda *arguments: moved.append(arguments))
+    for way in (lambda: model(batch()), lambda: enter(share, model), lambda: share.attach(net())):
+        way()
+        assert moved.pop() == (share, "first", model.first.weight.device)
+        assert not moved
 
 
 def test_a_compiled_model_follows_the_selection_without_a_break():
