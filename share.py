@@ -47,11 +47,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROUNDING = 1e-6  # relative size below which a singular value or a column counts as 0
-SLACK = 1e-13  # between float64's errors, 1e-16, and the least that a direction explains, ROUNDING²
+SLACK = 1e-13  # for ties: 6 of 10 equal directions explain 0.6, or for float64 0.5999999999999999
 
 
-# --- Part 1, the paper. from_adapters, learn and merge become methods of Share, and task_factors
-# becomes Share.factors. What they call share is then self.
+# --- Part 1, the paper. from_adapters, learn and merge become methods of Share, see there.
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -162,6 +161,7 @@ def build_basis(stack, variance=0.6, k=None):
     With k=None, the paper's rule: subtract the mean column, and take the fewest directions that
     explain `variance` of the rest. Ours: then add the mean's direction, see `with_mean`.
     With a k, ours: take the first k directions of the columns as they are, or as many as there are.
+    No other k hold more of the columns, so that here no mean is subtracted or added.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -227,8 +227,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
             my_loop(model)  # as in `train_coefficients`, or a Trainer, …
         share.select("three")
 
-    In the block the task is selected, and its parameters are all of the model that requires
-    gradients. Make the optimizer (with a rate near 1e-2), a Trainer and any wrapper inside it.
+    In the block the task is selected, and only its parameters require gradients. Make the optimizer
+    (with a rate near 1e-2), a Trainer and any wrapper inside the block.
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
     p: columns of the coefficients. sigma, seed: of their random start.
@@ -835,7 +835,8 @@ def with_mean(basis, X):
     """
     mean = X.mean(dim=1, keepdim=True)
     missing = mean - basis @ (basis.T @ mean)
-    column_norm = X.norm() / X.shape[1] ** 0.5  # of a typical column
+    # Compare it with a column: of columns that cancel, the mean is rounding alone.
+    column_norm = X.norm() / X.shape[1] ** 0.5  # root mean square
     if missing.norm() <= ROUNDING * column_norm:
         return basis
     return torch.cat([basis, missing / missing.norm()], dim=1)

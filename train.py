@@ -5,12 +5,13 @@ them, eps_beta and eps_alpha (k, p), which give its change of the layer's weight
 
     ΔW = B A  with  B = beta eps_beta  and  A = (alpha eps_alpha)^T
 
-    phase 1  Share.from_adapters    LoRA adapters of the first tasks make the bases
-    phase 2  share.learn            each later task trains its coefficients in the bases
-    phase 3  share.learn, phi > 0   phi temporary columns beside each basis, which were trained
-                                    with them, are merged into the basis (a row of --all)
+    phase 1  Share.from_adapters    the LoRA adapters of the first tasks make the bases
+    phase 2  share.learn            each later task trains its coefficients alone
+    phase 3  share.learn, phi > 0   each later task trains phi temporary columns beside each basis,
+                                    too, which are then merged into the basis (with --all)
 
-The bases are ours ("updates", see Settings). `compare` tells the experiment.
+The bases are not the paper's, but ours ("updates", see Settings). Start with `compare`: it is the
+experiment.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -77,9 +78,9 @@ class Settings:
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
     # Share; its rate does not fall
-    # What phase 1 takes the main directions of:
-    # "factors"  the paper's: the adapters' B, and their A^T
-    # "updates"  ours: the singular vectors of each B A, times its singular values
+    # Phase 1 takes the main directions of a stack of columns, for beta (for alpha):
+    # "factors"  the paper's: the columns of each B (of each A^T)
+    # "updates"  ours: the columns of U S (of V S), where U S V^T is the SVD of each B A
     stack: str = "updates"
     variance: float = 0.95  # that the bases explain
     p: int = 1  # pseudo-rank: columns of a later task's coefficients
@@ -92,7 +93,8 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 
 
 # --- The data, the loss and the base model
-# Each use has a stream of random numbers: t for task t, the number of tasks for all tasks at once.
+# Streams of random numbers: 0, 1, … are for training on that task, the number of tasks is for
+# training on all tasks at once, and these are for the rest:
 PRETRAINING, TESTS = 98, 99  # TESTS has the keys, too
 
 
@@ -281,13 +283,13 @@ class Experiment:
         return row_of_matrix(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Train task t with coefficients of p columns: the last loss, and how many numbers.
+        """Phase 2 for task t: the last loss, and how many numbers were trained.
 
-        phi = 0  eps_beta (k, p) is trained, with B = beta eps_beta. A likewise.
-        phi > 0  eps_beta (k + phi, p), and phi temporary columns C beside beta, are trained, with
-                 B = [beta, C] eps_beta. A likewise. Then phase 3 merges C into the bases:
-          grow=True   ours: directions are added; the ΔW of earlier tasks stays
-          grow=False  the paper's: all tasks get new bases; earlier ones may lose accuracy
+        Trained are eps_beta (k, p), with B = beta eps_beta; or with phi > 0 eps_beta (k + phi, p)
+        and phi temporary columns C, with B = [beta, C] eps_beta. A likewise. Then phase 3:
+
+        grow=True   ours: beta keeps its columns, and gets directions to hold C; earlier ΔW stay
+        grow=False  the paper's: beta is made anew of all tasks' B; earlier ΔW may change
         """
         s = self.s
         seed = 100 * s.seed + t
@@ -301,18 +303,18 @@ class Experiment:
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
         accuracies = []
         for t in tasks:
-            share.select(self.names[t])  # `model`, to which the share is attached, adds its ΔW now
+            share.select(self.names[t])  # from now on `model` computes with W0 + ΔW of task t
             accuracies.append(accuracy(model, self.tests[t]))
         return accuracies
 
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
-        """Learn, in order, the tasks that the share lacks. Returns the attached model and the row.
+        """Learn the tasks from number len(first_rows) on. Returns the attached model and the row.
 
-        first_rows: rows of the accuracy matrix for the tasks that the share has, one each.
+        first_rows: rows of the accuracy matrix, one for each task that the share has.
         """
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
-        for t in range(len(matrix), len(self.names)):
+        for t in range(len(first_rows), len(self.names)):
             loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
             matrix.append(self.matrix_row(learned))
@@ -391,8 +393,8 @@ def compare(s, everything=False):
     # Phase 1: bases from the first tasks' LoRA adapters. Their coefficients keep the rank r.
     first_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(first_adapters, variance=s.variance, stack=s.stack)
-    # Phase 2: coefficients of s.p columns for each later task. The accuracy matrix begins with rows
-    # of the first tasks' LoRAs: if the bases lose some of that, it counts as forgetting.
+    # Phase 2: coefficients of s.p columns for each later task. Share's accuracy matrix begins with
+    # the rows of those LoRAs: so if phase 1 loses some of them, it counts as forgetting.
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
     share = copy.deepcopy(built)  # phase 3 begins with `built` again
     model, rows["share"] = e.learn_tasks("share", share, first_rows)
@@ -431,17 +433,21 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """From how many tasks on, at least `first`, Share stores less than LoRAs, `other`; or None."""
+    """Least number of tasks, at least `first`, for which Share stores less than LoRAs, or None.
+
+    Share stores most for the first tasks: the bases, and r columns each. Each later task stores p
+    columns, which is as many numbers as it trains, and so saves something.
+    """
     share = methods["share"]
-    share_each = share["trained_per_task"]  # a later task stores what it trains
+    later_each = share["trained_per_task"]
     lora_each = methods[other]["trained_per_task"]
-    if lora_each <= share_each:
+    saved_by_each = lora_each - later_each
+    if saved_by_each <= 0:
         return None
-    tasks = len(share["accuracy_matrix"])
-    fixed = share["stored"] - tasks * share_each  # the bases; r columns of first tasks, not p
-    # n tasks: fixed + n * share_each < n * lora_each, so that n > fixed / (lora_each - share_each)
-    n = fixed // (lora_each - share_each) + 1
-    return max(first, n)
+    later = len(share["accuracy_matrix"]) - first
+    at_first = share["stored"] - later * later_each
+    to_save = at_first - first * lora_each  # what the LoRAs of the first tasks store less
+    return first + max(0, to_save // saved_by_each + 1)
 
 
 def spread(values, digits):
@@ -816,9 +822,10 @@ def peft_scaling(config, layer, r, directory):
 def save_peft(adapter, directory):
     """Write an Adapter for PEFT. Every layer gets the largest rank, padded with zeros.
 
-    Its config is kept, but for the options in PEFT_DROPPED and these: r; lora_alpha and use_rslora,
-    so that the scaling is 1, as B has it already; init_lora_weights; target_modules, see
-    `peft_targets`. If JSON cannot hold the config: ValueError, and nothing is written.
+    Of its config the options in PEFT_DROPPED are left out. Overwritten are peft_type, r,
+    init_lora_weights, lora_alpha and use_rslora (so that the scaling is 1, as B has it already),
+    and target_modules, see `peft_targets`. The rest is kept. If JSON cannot hold it: ValueError,
+    and nothing is written.
     """
     directory = Path(directory)
     r = max(len(A) for _, A in adapter.factors.values())
@@ -845,23 +852,24 @@ def save_peft(adapter, directory):
 def peft_targets(adapter):
     """target_modules to save: the old value if it names all layers, else a pattern of them.
 
-    The old value is a regular expression, or a list or set of endings of names.
+    The old value may name layers that the adapter lacks: PEFT starts these at ΔW = 0. But it does
+    not stay if another option, which `save_peft` drops, has excluded some.
     """
     layers = list(adapter.factors)
-    pattern_of_layers = "|".join(map(re.escape, layers))
-    # save_peft drops these two. Without them the old value would name more layers.
-    narrowing = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
-    if any(value not in (None, [], "") for value in narrowing):  # 0 is the number of a layer
-        return pattern_of_layers
     old = adapter.config.get("target_modules") or []
-    if isinstance(old, str):
-        names_all = all(re.fullmatch(old, layer) for layer in layers)
-    else:
-        old = sorted(old) if isinstance(old, set) else list(old)  # JSON has no set
-        endings = tuple(f".{ending}" for ending in old)
-        names_all = all(f".{layer}".endswith(endings) for layer in layers)
-    # If the old value names more layers, PEFT starts these at ΔW = 0.
-    return old if names_all else pattern_of_layers
+    excluding = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
+    has_excluded = any(value not in (None, [], "") for value in excluding)  # 0 is a layer's number
+    if has_excluded or not names_all(old, layers):
+        return "|".join(map(re.escape, layers))
+    return sorted(old) if isinstance(old, set) else old  # JSON has no set
+
+
+def names_all(targets, layers):
+    """Whether targets, a regular expression or endings of names, name all layers."""
+    if isinstance(targets, str):
+        return all(re.fullmatch(targets, layer) for layer in layers)
+    endings = tuple(f".{target}" for target in targets)
+    return all(f".{layer}".endswith(endings) for layer in layers)
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -882,9 +890,12 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-        own     the distance of a sample to the mean of the others of its task, at most (98 %)
-        other   the distance of a sample to the nearest mean of another task, at least (98 %)
-        radius  half-way between the two, but at least own; with one task own
+        The radius lies between two distances, which leave 2 % of the samples out:
+
+        own     the largest from a sample to the mean of the others of its task
+        other   the smallest from a sample to the mean of another task
+
+        It is half-way; or own, if tasks overlap (other < own) or if there is only one.
         """
         for task, x in features.items():
             if x.dim() != 2 or len(x) < 2 or not x.isfinite().all():
@@ -925,14 +936,16 @@ def leave_one_out(x):
 
 
 def whitening(residuals):
-    """scale (f, f), so that ‖r scale‖ is the Mahalanobis distance of a residual r."""
-    covariance = residuals.T @ residuals / len(residuals)
+    """scale (f, f), so that ‖r scale‖² = r C^-1 r^T, the squared Mahalanobis distance of r (f).
+
+    C is the covariance of the residuals. With C = L L^T (Cholesky) C^-1 = L^-T L^-1: scale = L^-T.
+    """
+    C = residuals.T @ residuals / len(residuals)
     # Few samples make some directions look too certain: shrink a tenth towards the diagonal.
-    variances = covariance.diagonal()
+    variances = C.diagonal()
     least = 1e-6 * variances.max() + 1e-30  # for a constant feature, whose variance is 0
-    shrunk = 0.9 * covariance + 0.1 * variances.clamp_min(least).diag()
-    # ‖r scale‖² is to be r shrunk^-1 r^T. With shrunk = L L^T that is r L^-T L^-1 r^T.
-    L = torch.linalg.cholesky(shrunk)
+    C = 0.9 * C + 0.1 * variances.clamp_min(least).diag()
+    L = torch.linalg.cholesky(C)
     return torch.linalg.inv(L).T
 
 
@@ -943,14 +956,14 @@ def average(share, tasks, name, p=None):
 
         (B1 A1 + B2 A2 + … + Bn An) / n = [B1 B2 … Bn] / n times [A1; A2; …; An]
 
-    In a layer that a task lacks, its ΔW is 0.
     """
     adapters = [share.reconstruct(task) for task in tasks]
+    n = len(adapters)  # also in a layer that a task lacks: its ΔW is 0 there
     factors = {}
     for layer in share.layers:
         pairs = [adapter.factors[layer] for adapter in adapters if layer in adapter.factors]
         if pairs:
-            B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
+            B = torch.cat([B for B, _ in pairs], dim=1) / n
             factors[layer] = B, torch.cat([A for _, A in pairs])
     if p is None:
         # `add` cuts to p columns. This is how many there are, so it cuts nothing.
