@@ -358,7 +358,7 @@ def keep_sizes(merged, bases, pairs, variance, stacking):
 
 
 def faster(merge_layer, bases, old, new, **rule):
-    """merge_layer(bases, old, new, **rule), with columns of q numbers in place of n.
+    """merge_layer(bases, old, new, **rule), the same, with columns of q numbers in place of n.
 
     If an old basis of 32 directions meets a new B of 8 columns, all columns of the merge lie in a
     space of q = 40 dimensions, whatever n is. Let Q (n, q) be an orthonormal basis of it; then each
@@ -454,8 +454,7 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # accelerate, with its hooks removed, leaves the class's own forward in the layer.
-            vars(linear).pop("forward", None)
+            vars(linear).pop("forward", None)  # see check_linear
             linear.share = self
             linear.layer = layer
             # so that nn.TransformerEncoderLayer calls it, see the hook
@@ -523,7 +522,7 @@ class Share:
             linear.hook.remove()
             del linear.share, linear.layer, linear.hook
             linear.__class__ = nn.Linear
-            vars(linear).pop("forward", None)  # as in attach
+            vars(linear).pop("forward", None)
         return model
 
     # --- Ours: a task more, a task less
@@ -819,7 +818,8 @@ def best_rank(eps, p):
         return eps
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
-    if 0 in (len(eps_beta), len(eps_alpha)):  # an empty basis: ΔW is 0, and there is no SVD
+    if 0 in (len(eps_beta), len(eps_alpha)):
+        # A basis is empty, so ΔW is 0. No column at all would mean that the task lacks the layer.
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
@@ -1089,8 +1089,11 @@ def check_linear(layer, linear, cls, bases):
         raise ValueError(f"{where}: its weight is computed, as by pruning; make it permanent first")
     if type(linear) is not cls:
         raise ValueError(f"{where}; it takes {cls.__name__} itself, with its own forward")
+    # A forward in the layer itself hides that of its class. If it is that of its class, it is what
+    # accelerate leaves behind when its hooks are removed, and harmless.
     forward = vars(linear).get("forward")
-    if forward is not None and getattr(forward, "__func__", None) is not cls.forward:
+    is_patched = forward is not None and getattr(forward, "__func__", None) is not cls.forward
+    if is_patched:
         fix = "attach first and offload afterwards; remove the offload's hooks before detach"
         raise ValueError(f"{where}: its forward is patched; {fix}")
     if weight.is_meta:

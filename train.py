@@ -283,13 +283,15 @@ class Experiment:
         return row_of_matrix(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Phase 2 for task t: the last loss, and how many numbers were trained.
+        """Learn task t: the last loss, and how many numbers were trained.
 
-        Trained are eps_beta (k, p), with B = beta eps_beta; or with phi > 0 eps_beta (k + phi, p)
-        and phi temporary columns C, with B = [beta, C] eps_beta. A likewise. Then phase 3:
-
-        grow=True   ours: beta keeps its columns, and gets directions to hold C; earlier ΔW stay
-        grow=False  the paper's: beta is made anew of all tasks' B; earlier ΔW may change
+        phi = 0  phase 2. The bases are frozen. Trained are eps_beta and eps_alpha, (k, p) each:
+                     B = beta eps_beta  and  A = (alpha eps_alpha)^T
+        phi > 0  phase 2. Trained are, too, phi temporary columns C beside each basis:
+                     B = [beta, C] eps_beta  with  eps_beta (k + phi, p);  A likewise.
+                 Then phase 3 replaces [beta, C] by one basis:
+          grow=True   ours: beta stays, and columns are appended until it holds C; earlier ΔW stay
+          grow=False  the paper's: a new beta from the B of all tasks; earlier ΔW may change
         """
         s = self.s
         seed = 100 * s.seed + t
@@ -394,7 +396,7 @@ def compare(s, everything=False):
     first_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(first_adapters, variance=s.variance, stack=s.stack)
     # Phase 2: coefficients of s.p columns for each later task. Share's accuracy matrix begins with
-    # the rows of those LoRAs: so if phase 1 loses some of them, it counts as forgetting.
+    # the rows of those LoRAs: if phase 1 makes a first task worse, this counts as forgetting.
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
     share = copy.deepcopy(built)  # phase 3 begins with `built` again
     model, rows["share"] = e.learn_tasks("share", share, first_rows)
@@ -433,21 +435,20 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """Least number of tasks, at least `first`, for which Share stores less than LoRAs, or None.
-
-    Share stores most for the first tasks: the bases, and r columns each. Each later task stores p
-    columns, which is as many numbers as it trains, and so saves something.
-    """
+    """Least number of tasks, at least `first`, for which Share stores less than LoRAs, or None."""
     share = methods["share"]
-    later_each = share["trained_per_task"]
+    later_each = share["trained_per_task"]  # a later task stores what it trains
     lora_each = methods[other]["trained_per_task"]
     saved_by_each = lora_each - later_each
     if saved_by_each <= 0:
         return None
     later = len(share["accuracy_matrix"]) - first
-    at_first = share["stored"] - later * later_each
-    to_save = at_first - first * lora_each  # what the LoRAs of the first tasks store less
-    return first + max(0, to_save // saved_by_each + 1)
+    at_first = share["stored"] - later * later_each  # the bases, and the first tasks
+    # n tasks:  LoRAs store   n * lora_each
+    #           Share stores  at_first + (n - first) * later_each
+    # Share stores less as soon as  (n - first) * saved_by_each > ahead
+    ahead = at_first - first * lora_each
+    return first + max(0, ahead // saved_by_each + 1)
 
 
 def spread(values, digits):
@@ -850,16 +851,16 @@ def save_peft(adapter, directory):
 
 
 def peft_targets(adapter):
-    """target_modules to save: the old value if it names all layers, else a pattern of them.
+    """target_modules to save: the old value if it names all layers, else a pattern of these.
 
-    The old value may name layers that the adapter lacks: PEFT starts these at ΔW = 0. But it does
-    not stay if another option, which `save_peft` drops, has excluded some.
+    The pattern, too, if exclude_modules or layers_to_transform narrowed the old value. `save_peft`
+    drops both, as PEFT refuses the latter beside a pattern.
     """
     layers = list(adapter.factors)
     old = adapter.config.get("target_modules") or []
-    excluding = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
-    has_excluded = any(value not in (None, [], "") for value in excluding)  # 0 is a layer's number
-    if has_excluded or not names_all(old, layers):
+    narrowing = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
+    is_narrowed = any(value not in (None, [], "") for value in narrowing)  # 0 is a layer's number
+    if is_narrowed or not names_all(old, layers):
         return "|".join(map(re.escape, layers))
     return sorted(old) if isinstance(old, set) else old  # JSON has no set
 
@@ -890,12 +891,11 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-        The radius lies between two distances, which leave 2 % of the samples out:
+        own     98 % of the samples are nearer than this to the mean of the others of their task
+        other   98 % are farther than this from the nearest mean of another task
 
-        own     the largest from a sample to the mean of the others of its task
-        other   the smallest from a sample to the mean of another task
-
-        It is half-way; or own, if tasks overlap (other < own) or if there is only one.
+        The radius is half-way between own and other, but never less than own: tasks that overlap
+        (other < own) get own, and so does a single task, which has no other.
         """
         for task, x in features.items():
             if x.dim() != 2 or len(x) < 2 or not x.isfinite().all():
@@ -919,7 +919,7 @@ class Router:
     def route(self, features):
         """features (N, f) -> for each sample its task or None, as `Share.select` takes them."""
         if features.dim() != 2 or features.shape[1] != len(self.scale):
-            raise ValueError(f"features of {features.shape[-1]} numbers, not {len(self.scale)}")
+            raise ValueError(f"features {tuple(features.shape)} are not (N, {len(self.scale)})")
         scaled = features.to(self.scale) @ self.scale
         distances, nearest = torch.cdist(scaled, self.means).min(dim=1)
         pairs = zip(distances, nearest, strict=True)
@@ -936,9 +936,11 @@ def leave_one_out(x):
 
 
 def whitening(residuals):
-    """scale (f, f), so that ‖r scale‖² = r C^-1 r^T, the squared Mahalanobis distance of r (f).
+    """scale (f, f), with which lengths are Mahalanobis distances: ‖r scale‖² = r C^-1 r^T.
 
-    C is the covariance of the residuals. With C = L L^T (Cholesky) C^-1 = L^-T L^-1: scale = L^-T.
+    C is the covariance of the residuals. With C = L L^T (Cholesky) it is scale = L^-T, since
+
+        ‖r L^-T‖² = r L^-T L^-1 r^T = r (L L^T)^-1 r^T
     """
     C = residuals.T @ residuals / len(residuals)
     # Few samples make some directions look too certain: shrink a tenth towards the diagonal.
