@@ -799,13 +799,12 @@ def left_svd(X, rounding):
     if n <= m:  # X X^T = U S² U^T
         squares, U = torch.linalg.eigh(X @ X.T)  # the smallest first
         kept = squares > rounding**2
-        U, S = U[:, kept], squares[kept].sqrt()
-    else:  # X^T X = V S² V^T, and X V = U S
-        squares, V = torch.linalg.eigh(X.T @ X)
-        kept = squares > rounding**2
-        V, S = V[:, kept], squares[kept].sqrt()
-        U = X @ V / S  # orthonormal only roughly where S is small
-    return U.flip(1), S.flip(0)
+        return U[:, kept].flip(1), squares[kept].sqrt().flip(0)
+    # X^T X = V S² V^T, and X V = U S
+    squares, V = torch.linalg.eigh(X.T @ X)
+    kept = squares > rounding**2
+    V, S = V[:, kept].flip(1), squares[kept].sqrt().flip(0)
+    return X @ (V / S), S  # orthonormal only roughly where S is small
 
 
 def best_rank(eps, p):
