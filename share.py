@@ -868,8 +868,8 @@ def bases_of_updates(pairs, variance, sizes):
     for side in (0, 1):
         X = side_by_side([update[side] for update in updates])
         basis = main_directions(X, ROUNDING * X.norm(), variance, sizes[side])
-        dtype = next(iter(pairs.values()))[side].dtype
-        bases.append(basis.to(dtype))
+        dtypes = [pair[side].dtype for pair in pairs.values()]
+        bases.append(basis.to(torch.float64 if torch.float64 in dtypes else torch.float32))
     return tuple(bases)
 
 

@@ -776,6 +776,14 @@ def test_half_precision_adapters_make_a_float32_share():
     assert Share.from_adapters({"a": mixed}).bases["x"][0].dtype == torch.float64
 
 
+@variants(stack=STACKS, first=[torch.float32, torch.float64])
+def test_one_float64_adapter_makes_a_float64_share(stack, first):
+    second = torch.float64 if first == torch.float32 else torch.float32
+    adapters = make_adapters("a", dtype=first) | make_adapters("b", dtype=second)
+    share = Share.from_adapters(adapters, stack=stack)
+    assert {tensor.dtype for tensor in tensors(share)} == {torch.float64}
+
+
 @cases("selected, left", ("a", None), ("b", "b"), (["a", None], None), (["b", None], ("b", None)))
 def test_a_removed_task_is_no_longer_selected(selected, left):
     share = make_share("abc")
