@@ -439,16 +439,14 @@ def break_even(methods, other, first):
     share = methods["share"]
     later_each = share["trained_per_task"]  # a later task stores what it trains
     lora_each = methods[other]["trained_per_task"]
-    saved_by_each = lora_each - later_each
-    if saved_by_each <= 0:
+    if later_each >= lora_each:
         return None
     later = len(share["accuracy_matrix"]) - first
     at_first = share["stored"] - later * later_each  # the bases, and the first tasks
-    # n tasks:  LoRAs store   n * lora_each
-    #           Share stores  at_first + (n - first) * later_each
-    # Share stores less as soon as  (n - first) * saved_by_each > ahead
-    ahead = at_first - first * lora_each
-    return first + max(0, ahead // saved_by_each + 1)
+    tasks = first
+    while at_first + (tasks - first) * later_each >= tasks * lora_each:
+        tasks += 1
+    return tasks
 
 
 def spread(values, digits):
@@ -851,18 +849,20 @@ def save_peft(adapter, directory):
 
 
 def peft_targets(adapter):
-    """target_modules to save: the old value if it names all layers, else a pattern of these.
+    """target_modules to save: the old value if it still fits, else a pattern of the layers.
 
-    The pattern, too, if exclude_modules or layers_to_transform narrowed the old value. `save_peft`
-    drops both, as PEFT refuses the latter beside a pattern.
+    It does not fit if it does not name all layers, or if exclude_modules or layers_to_transform
+    narrowed it: `save_peft` drops both, as PEFT refuses the latter beside a pattern.
     """
     layers = list(adapter.factors)
     old = adapter.config.get("target_modules") or []
+    if isinstance(old, set):
+        old = sorted(old)  # JSON has no set
     narrowing = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
-    is_narrowed = any(value not in (None, [], "") for value in narrowing)  # 0 is a layer's number
-    if is_narrowed or not names_all(old, layers):
-        return "|".join(map(re.escape, layers))
-    return sorted(old) if isinstance(old, set) else old  # JSON has no set
+    is_narrowed = any(value not in (None, [], "") for value in narrowing)  # layer 0 narrows, too
+    if names_all(old, layers) and not is_narrowed:
+        return old
+    return "|".join(map(re.escape, layers))
 
 
 def names_all(targets, layers):
@@ -938,17 +938,15 @@ def leave_one_out(x):
 def whitening(residuals):
     """scale (f, f), with which lengths are Mahalanobis distances: ‖r scale‖² = r C^-1 r^T.
 
-    C is the covariance of the residuals. With C = L L^T (Cholesky) it is scale = L^-T, since
-
-        ‖r L^-T‖² = r L^-T L^-1 r^T = r (L L^T)^-1 r^T
+    C is the covariance of the residuals. The Cholesky factor M of its inverse does it: with
+    C^-1 = M M^T, ‖r M‖² = r M M^T r^T.
     """
     C = residuals.T @ residuals / len(residuals)
     # Few samples make some directions look too certain: shrink a tenth towards the diagonal.
     variances = C.diagonal()
     least = 1e-6 * variances.max() + 1e-30  # for a constant feature, whose variance is 0
     C = 0.9 * C + 0.1 * variances.clamp_min(least).diag()
-    L = torch.linalg.cholesky(C)
-    return torch.linalg.inv(L).T
+    return torch.linalg.cholesky(torch.linalg.inv(C))
 
 
 def average(share, tasks, name, p=None):
