@@ -792,7 +792,7 @@ def left_svd(X, rounding):
     """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
 
     The plain way is torch.linalg.svd. This one takes the eigenvalues S² of the smaller of X X^T and
-    X^T X, which is some times faster. They are wrong by 1e-16 of the largest S². All callers pass a
+    X^T X, which is faster, most for a wide X. They are wrong by 1e-16 of the largest S². All callers pass a
     rounding of 1e-6 of the largest S or more: this is enough to tell 0 from not 0.
     """
     n, m = X.shape
@@ -894,10 +894,10 @@ def grow_layer(bases, old, new, variance, k, stacking):
     """
     beta, alpha = bases
     for B, A_T in new.values():  # one by one: variance and rounding are relative to an adapter
-        if stacking == "factors":  # grow until the bases hold B and A^T
+        if stacking == "factors":  # grow by directions of B and A^T
             C, D = B, A_T
         else:
-            # "updates": grow until they hold the columns of ΔW and of ΔW^T. If A lacks rank, B may
+            # "updates": grow by directions of ΔW and ΔW^T, which is enough. If A lacks rank, B may
             # have a part that B A does not use. `project` drops it, and ΔW stays the same.
             C, D = update_columns(B, A_T)
         beta = grow_basis(beta, C, variance, k)
