@@ -792,8 +792,8 @@ def left_svd(X, rounding):
     """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
 
     The plain way is torch.linalg.svd. This one takes the eigenvalues S² of the smaller of X X^T and
-    X^T X, which is faster, most for a wide X. They are wrong by 1e-16 of the largest S². All callers pass a
-    rounding of 1e-6 of the largest S or more: this is enough to tell 0 from not 0.
+    X^T X, which is faster, most for a wide X. They are wrong by 1e-16 of the largest S². All
+    callers pass a rounding of 1e-6 of the largest S or more: this is enough to tell 0 from not 0.
     """
     n, m = X.shape
     if n <= m:  # X X^T = U S² U^T
