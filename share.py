@@ -29,7 +29,7 @@ Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the p
 ours is optional. Three departures from the paper are on by default:
 - Phase 1 subtracts the mean of the columns; then it adds the mean's direction to the basis, as
   coefficients are computed without subtracting it (with_mean).
-- After a merge by variance no basis is smaller than before (keep_sizes).
+- After a merge by variance no basis is smaller than before (least, in build_basis).
 - `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
 """
 
@@ -47,7 +47,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROUNDING = 1e-6  # relative size below which a singular value or a column counts as 0
-SLACK = 1e-13  # for ties: 6 of 10 equal directions explain 0.6, or for float64 0.5999999999999999
 
 
 # --- Part 1, the paper. from_adapters, learn and merge become methods of Share, see there.
@@ -121,7 +120,7 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     """Phase 1: a share of {task: Adapter}, one or more.
 
     variance, k: see `build_basis`; the paper's 0.6 may keep little, see `retained`. stack: the
-    paper's "factors", or "updates", see `bases_of_updates`. p: the pseudo-rank, to which tasks are
+    paper's "factors", or "updates", see `update_stacks`. p: the pseudo-rank, to which tasks are
     cut; None does not cut. Later merges go by the same variance, but not by k.
     """
     check_numbers(variance, k=k, p=p)
@@ -129,54 +128,59 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     bases = {}
     coefficients = {}
     for layer, pairs in share._pairs_by_layer(adapters).items():  # pairs: {task: (B, A^T)}
-        bases[layer], uncut = build_layer(pairs, variance, (k, k), stack)  # one k for both sides
+        bases[layer], uncut = build_layer(pairs, variance, k, stack)
         coefficients[layer] = {task: best_rank(eps, p) for task, eps in uncut.items()}
     share._store(adapters, bases, coefficients)
     return share
 
 
-def build_layer(pairs, variance, sizes, stacking):
+def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    sizes (ours): (k of beta, k of alpha); None in place of a k: by variance. stacking: the paper's
-    "factors", or ours, "updates".
+    stacking: "factors" or "updates". variance, k: see `build_basis`, as least, a pair by side.
     """
     if stacking == "factors":
         # 1. Put the B's of all tasks side by side, and their A^T's.
         Bs = torch.cat([B for B, _ in pairs.values()], dim=1)
         A_Ts = torch.cat([A_T for _, A_T in pairs.values()], dim=1)
-        # 2. Take the main directions of each.
-        bases = build_basis(Bs, variance, sizes[0]), build_basis(A_Ts, variance, sizes[1])
-    else:  # ours: "updates"
-        bases = bases_of_updates(pairs, variance, sizes)
+    else:  # ours
+        Bs, A_Ts = update_stacks(pairs)
+    # 2. Take the main directions of each.
+    centre = stacking == "factors"
+    beta = build_basis(Bs, variance, k, centre=centre, least=least[0])
+    alpha = build_basis(A_Ts, variance, k, centre=centre, least=least[1])
     # 3. Project the factors of each task onto the bases.
-    coefficients = {task: project(bases, pair) for task, pair in pairs.items()}
-    return bases, coefficients
+    coefficients = {task: project((beta, alpha), pair) for task, pair in pairs.items()}
+    return (beta, alpha), coefficients
 
 
-def build_basis(stack, variance=0.6, k=None):
+def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    With k=None, the paper's rule: subtract the mean column, and take the fewest directions that
-    explain `variance` of the rest. Ours: then add the mean's direction, see `with_mean`.
-    With a k, ours: take the first k directions of the columns as they are, or as many as there are.
-    No other k hold more of the columns, so that here no mean is subtracted or added.
+    The paper's rule: subtract the mean column, and take the fewest directions that explain
+    `variance` of the rest. Ours: then add the mean's direction, see `with_mean`.
+    k, ours: take this many directions, or all there are, of the columns as they are. No other k
+    hold more of them, so that here no mean is subtracted or added.
+    centre=False, ours: go by variance, but leave the mean in the columns, see `update_stacks`.
+    least, ours: where variance asks for fewer directions, take this many, as with a k.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_stack(stack, variance, k)
     X = stack.double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    if k is None:
+    if k is None and centre:
         # 1. Subtract the mean column.
         mean = X.mean(dim=1, keepdim=True)
         # 2. Take the main directions of the rest.
         basis = main_directions(X - mean, rounding, variance)
         # 3. Ours: add the mean's direction.
         basis = with_mean(basis, X)
-    else:  # ours
-        basis = main_directions(X, rounding, k=k)
+    else:  # ours: of the columns as they are
+        basis = main_directions(X, rounding, variance, k)
+    if k is None and basis.shape[1] < least:  # ours
+        basis = main_directions(X, rounding, k=least)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -189,7 +193,7 @@ def main_directions(X, rounding, variance=None, k=None):
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
         # If they explain 0.5, 0.8, 1.0, and variance is 0.6, one is too few, and k = 2.
-        too_few = explained < variance - SLACK
+        too_few = explained < variance - ROUNDING**2  # 0.5999999999999999 is enough for 0.6
         k = int(too_few.sum()) + 1
     return torch.linalg.qr(U[:, :k]).Q  # QR, as left_svd's U is orthonormal only roughly
 
@@ -267,7 +271,6 @@ def start_layer(bases, p, phi, sigma, generator):
     parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
     for name, basis in (("beta", beta), ("alpha", alpha)):
         rows, k = basis.shape
-        # a row for each direction of the basis and for each temporary column
         eps = sigma * torch.randn(k + phi, p, generator=generator, device="cpu")
         parameters[f"eps_{name}"] = eps.to(basis)
         if phi > 0:
@@ -309,7 +312,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     coefficients = {}
     for layer, new in share._pairs_by_layer(adapters).items():
         if layer not in share.bases:  # a new layer: phase 1
-            merged = build_layer(new, variance, (k, k), share.stacking)
+            merged = build_layer(new, variance, k, share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
         else:  # the paper's
@@ -330,33 +333,12 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again.
-    merged = build_layer(pairs, variance, (k, k), stacking)
-    # Ours: by variance no basis gets smaller.
-    if k is None:
-        merged = keep_sizes(merged, bases, pairs, variance, stacking)
-    return merged
+    # 3. Phase 1 again. Ours: by variance no basis gets smaller. The rebuilt factors lie in the old
+    #    one: 60 % of them, after a merge that kept 60 %, would be 36 %, and so on.
+    return build_layer(pairs, variance, k, stacking, least=(beta.shape[1], alpha.shape[1]))
 
 
 # --- Part 2, everything else. Behind merge
-def keep_sizes(merged, bases, pairs, variance, stacking):
-    """Ours: merged; but where a basis got smaller, made again with the old size for this side.
-
-    The rebuilt factors lie in the old basis. A merge that keeps 60 % of them, after one that kept
-    60 %, leaves 36 %, and so on. With a size `build_basis` does not subtract the mean: this side is
-    made anew, not extended. The other side is made by variance again, and comes out as in merged.
-    """
-    new_bases, _ = merged
-    sizes = [None, None]
-    for side in (0, 1):
-        old_size = bases[side].shape[1]
-        if new_bases[side].shape[1] < old_size:
-            sizes[side] = old_size
-    if sizes == [None, None]:
-        return merged
-    return build_layer(pairs, variance, sizes, stacking)
-
-
 def faster(merge_layer, bases, old, new, **rule):
     """merge_layer(bases, old, new, **rule), the same, with columns of q numbers in place of n.
 
@@ -371,10 +353,9 @@ def faster(merge_layer, bases, old, new, **rule):
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
     # 2. Take y = Q^T x of the bases and of the new factors. The old coefficients stay.
-    short_bases = matmul64(Q_beta.T, beta), matmul64(Q_alpha.T, alpha)
-    short_new = {}
-    for task, (B, A_T) in new.items():
-        short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
+    Q = Q_beta, Q_alpha
+    short_bases = project(Q, bases)
+    short_new = {task: project(Q, pair) for task, pair in new.items()}
     # 3. Merge the y.
     (short_beta, short_alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
     # 4. Go back: x = Q y.
@@ -556,11 +537,9 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
-        # The paper asks for phi < k. Here k differs by layer and side, so phi has to be below the
-        # largest. Nothing below relies on this limit: it refuses a phi that is surely a mistake.
-        sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
-        max_k = max(sizes, default=0)
-        if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
+        # The paper asks for phi < k. Here k differs by layer and side: the largest is the limit.
+        max_k = max([basis.shape[1] for bases in self.bases.values() for basis in bases], default=0)
+        if type(phi) is not int or phi not in range(max(1, max_k)):
             raise ValueError(
                 f"phi is {phi!r}; it takes 0, or an integer below the largest k, {max_k}"
             )
@@ -583,10 +562,8 @@ class Share:
         start = {}
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
-                eps_beta, eps_alpha = self.coefficients[layer][task]
-                parameters = nn.ParameterDict()
-                parameters["eps_beta"] = eps_beta.clone()
-                parameters["eps_alpha"] = eps_alpha.clone()
+                parameters = nn.ParameterDict()  # filled one by one, to keep this order
+                parameters["eps_beta"], parameters["eps_alpha"] = self.coefficients[layer][task]
                 start[layer] = parameters
         if not start:
             raise ValueError(f"task {task!r} has no coefficients to train in any layer")
@@ -850,27 +827,18 @@ def update_columns(B, A_T):
         A^T = Q R:  ΔW   = B (Q R)^T   = (B R^T) Q^T    = C Q^T,  where Q^T Q = 1
         B   = P T:  ΔW^T = A^T (P T)^T = (A^T T^T) P^T  = D P^T,  where P^T P = 1
     """
-    B, A_T = B.double(), A_T.double()
-    R = torch.linalg.qr(A_T, mode="r").R
-    T = torch.linalg.qr(B, mode="r").R
-    C = B @ R.T
-    D = A_T @ T.T
-    return C, D
+    R = torch.linalg.qr(A_T.double(), mode="r").R
+    T = torch.linalg.qr(B.double(), mode="r").R
+    return matmul64(B, R.T), matmul64(A_T, T.T)
 
 
-def bases_of_updates(pairs, variance, sizes):
-    """Ours, for "updates": the main directions of the tasks' C, and of their D, of norm 1 each.
+def update_stacks(pairs):
+    """Ours, for "updates": the tasks' C side by side, and their D, each of norm 1.
 
     No mean is subtracted, as it is arbitrary: for any rotation O, C O would do as well as C.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
-    bases = []
-    for side in (0, 1):
-        X = side_by_side([update[side] for update in updates])
-        basis = main_directions(X, ROUNDING * X.norm(), variance, sizes[side])
-        dtypes = [pair[side].dtype for pair in pairs.values()]
-        bases.append(basis.to(torch.float64 if torch.float64 in dtypes else torch.float32))
-    return tuple(bases)
+    return side_by_side([C for C, _ in updates]), side_by_side([D for _, D in updates])
 
 
 def side_by_side(matrices):
@@ -903,16 +871,15 @@ def grow_layer(bases, old, new, variance, k, stacking):
         beta = grow_basis(beta, C, variance, k)
         alpha = grow_basis(alpha, D, variance, k)
     coefficients = {}
-    for task, (eps_beta, eps_alpha) in old.items():
-        coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
+    for task, (eps_beta, eps_alpha) in old.items():  # 0 for all directions that were added
+        rows_beta, rows_alpha = beta.shape[1] - len(eps_beta), alpha.shape[1] - len(eps_alpha)
+        coefficients[task] = (
+            F.pad(eps_beta, (0, 0, 0, rows_beta)),
+            F.pad(eps_alpha, (0, 0, 0, rows_alpha)),
+        )
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
-
-
-def with_rows(eps, basis):
-    """Coefficients with rows of zeros for the directions that were added to their basis."""
-    return torch.cat([eps, eps.new_zeros(basis.shape[1] - len(eps), eps.shape[1])])
 
 
 def grow_basis(basis, columns, variance, k):
@@ -998,18 +965,9 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
-                put_back(buffer, buffers[name])
-
-
-def put_back(buffer, value):
-    """Set a buffer to a value, where PyTorch allows it.
-
-    - A buffer that was made in inference mode can be written in this mode only. Any other can be
-      written there, too. Hence inference_mode().
-    - An expanded buffer, whose elements share memory, can never be written. Hence suppress().
-    """
-    with torch.inference_mode(), contextlib.suppress(RuntimeError):
-        buffer.copy_(value)
+                # Some can be written in inference mode only, and expanded ones not at all.
+                with torch.inference_mode(), contextlib.suppress(RuntimeError):
+                    buffer.copy_(buffers[name])
 
 
 def no_fast_path(linear, inputs):
@@ -1082,24 +1040,24 @@ def check_adapter(task, adapter, shapes):
 
 def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
-    where = f"layer {layer!r} is {type(linear).__name__}"
     weight = linear._parameters.get("weight")
-    if isinstance(linear, nn.Linear) and weight is None:
-        raise ValueError(f"{where}: its weight is computed, as by pruning; make it permanent first")
-    if type(linear) is not cls:
-        raise ValueError(f"{where}; it takes {cls.__name__} itself, with its own forward")
-    # A forward in the layer itself hides that of its class. If it is that of its class, it is what
-    # accelerate leaves behind when its hooks are removed, and harmless.
-    forward = vars(linear).get("forward")
-    is_patched = forward is not None and getattr(forward, "__func__", None) is not cls.forward
-    if is_patched:
-        fix = "attach first and offload afterwards; remove the offload's hooks before detach"
-        raise ValueError(f"{where}: its forward is patched; {fix}")
-    if weight.is_meta:
-        raise ValueError(f"{where}: its weight is on meta; load the weights first")
     shape = tuple(len(basis) for basis in bases)
-    if weight.shape != shape:
-        raise ValueError(f"{where}: its weight is {tuple(weight.shape)}; its bases take {shape}")
+    # A forward in the layer itself hides that of its class. When accelerate's hooks are removed,
+    # they leave that of the class there, which is harmless.
+    forward = vars(linear).get("forward", linear.forward)
+    if isinstance(linear, nn.Linear) and weight is None:
+        reason = "its weight is computed, as by pruning; make it permanent first"
+    elif type(linear) is not cls:
+        reason = f"it takes {cls.__name__} itself, with its own forward"
+    elif getattr(forward, "__func__", None) is not cls.forward:
+        reason = "its forward is patched; attach first and offload after it, and end that to detach"
+    elif weight.is_meta:
+        reason = "its weight is on meta; load the weights first"
+    elif weight.shape != shape:
+        reason = f"its weight is {tuple(weight.shape)}; its bases take {shape}"
+    else:
+        return
+    raise ValueError(f"layer {layer!r} is {type(linear).__name__}; {reason}")
 
 
 def check_unwrapped(model):
