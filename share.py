@@ -27,9 +27,9 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 
 Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Most of
 ours is optional. Three departures from the paper are on by default:
-- Phase 1 subtracts the mean of the columns; then it adds the mean's direction to the basis, as
-  coefficients are computed without subtracting it (with_mean).
-- After a merge by variance no basis is smaller than before (least, in build_basis).
+- Phase 1 subtracts the mean column, as in the paper, but coefficients are those of the factors as
+  they are. So the mean's direction is added to the basis (with_mean).
+- A merge by variance makes no basis smaller: else each would keep 0.6 of 0.6 of … (least).
 - `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
 """
 
@@ -79,22 +79,19 @@ class ShareLinear(nn.Linear):
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
         if isinstance(task, tuple):  # ours: a task for each sample
-            delta_x = mixed_batch(self.share, self.layer, task, input)
-        else:
-            pair = task_factors(self.share, self.layer, task)
-            if pair is None:  # no task, or one that leaves this layer alone
-                return h
-            B, A = pair  # beta eps_beta and (alpha eps_alpha)^T, formed once per call
-            delta_x = F.linear(F.linear(input.to(A.dtype), A), B)  # B (A x)
-        return (h + delta_x).to(h.dtype)
+            return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
+        pair = task_factors(self.share, self.layer, task)
+        if pair is None:  # no task, or one that leaves this layer alone
+            return h
+        B, A = pair  # beta eps_beta and (alpha eps_alpha)^T, formed once per call
+        return (h + F.linear(F.linear(input.to(A.dtype), A), B)).to(h.dtype)  # h + B (A x)
 
 
 def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # Autocast may round their products with x, but not B and A: `reconstruct` returns them.
-    with torch.autocast(beta.device.type, enabled=False):
+    with torch.autocast(beta.device.type, enabled=False):  # B and A are not rounded to bfloat16
         B = beta @ eps_beta
         A = (alpha @ eps_alpha).T
     return B, A
@@ -109,7 +106,7 @@ def task_factors(share, layer, task):
             return None
         return learned_factors(share.bases[layer], share.trained[layer])
     share._check_task(task)
-    bases, coefficients, _ = share.held  # read once, as another thread may replace it
+    bases, coefficients, _ = share.held  # share.bases and share.coefficients, in one read
     if task not in coefficients[layer]:
         return None
     return lora_factors(bases[layer], coefficients[layer][task])
@@ -140,14 +137,15 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
     stacking: "factors" or "updates". variance, k: see `build_basis`, as least, a pair by side.
     """
+    # 1. Put the B's of all tasks side by side, and their A^T's.
     if stacking == "factors":
-        # 1. Put the B's of all tasks side by side, and their A^T's.
         Bs = torch.cat([B for B, _ in pairs.values()], dim=1)
         A_Ts = torch.cat([A_T for _, A_T in pairs.values()], dim=1)
-    else:  # ours
+        centre = True
+    else:  # ours, "updates": other columns in place of B and A^T
         Bs, A_Ts = update_stacks(pairs)
+        centre = False
     # 2. Take the main directions of each.
-    centre = stacking == "factors"
     beta = build_basis(Bs, variance, k, centre=centre, least=least[0])
     alpha = build_basis(A_Ts, variance, k, centre=centre, least=least[1])
     # 3. Project the factors of each task onto the bases.
@@ -158,27 +156,28 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
 def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    The paper's rule: subtract the mean column, and take the fewest directions that explain
-    `variance` of the rest. Ours: then add the mean's direction, see `with_mean`.
-    k, ours: take this many directions, or all there are, of the columns as they are. No other k
-    hold more of them, so that here no mean is subtracted or added.
-    centre=False, ours: go by variance, but leave the mean in the columns, see `update_stacks`.
-    least, ours: where variance asks for fewer directions, take this many, as with a k.
+    variance, the paper's: subtract the mean column, and take the fewest directions that explain
+    this part of the rest. Ours: then add the mean's direction, see `with_mean`.
+    centre=False, ours: by variance, but of the columns as they are, see `update_stacks`.
+    k, ours: the first k directions of the columns as they are, or all, if there are fewer.
+    least, ours: where variance asks for fewer directions than that, as with k=least.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_stack(stack, variance, k)
     X = stack.double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    if k is None and centre:
+    if k is not None:  # ours
+        basis = main_directions(X, rounding, k=k)
+    elif centre:  # the paper's
         # 1. Subtract the mean column.
         mean = X.mean(dim=1, keepdim=True)
         # 2. Take the main directions of the rest.
         basis = main_directions(X - mean, rounding, variance)
         # 3. Ours: add the mean's direction.
-        basis = with_mean(basis, X)
-    else:  # ours: of the columns as they are
-        basis = main_directions(X, rounding, variance, k)
+        basis = with_mean(basis, mean, X)
+    else:  # ours
+        basis = main_directions(X, rounding, variance)
     if k is None and basis.shape[1] < least:  # ours
         basis = main_directions(X, rounding, k=least)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
@@ -193,7 +192,7 @@ def main_directions(X, rounding, variance=None, k=None):
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
         # If they explain 0.5, 0.8, 1.0, and variance is 0.6, one is too few, and k = 2.
-        too_few = explained < variance - ROUNDING**2  # 0.5999999999999999 is enough for 0.6
+        too_few = explained < variance - 1e-12  # a sum of 0.5999999999999999 is meant to be 0.6
         k = int(too_few.sum()) + 1
     return torch.linalg.qr(U[:, :k]).Q  # QR, as left_svd's U is orthonormal only roughly
 
@@ -235,10 +234,11 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     (with a rate near 1e-2), a Trainer and any wrapper inside the block.
     ValueError if nothing has moved; then, as after any exception, nothing is kept.
 
-    p: columns of the coefficients. sigma, seed: of their random start.
+    p: columns of the coefficients, so the rank of ΔW. sigma, seed: of their random start.
     phi: temporary columns beside each basis: 0, or less than the largest k.
-    grow: with phi > 0 the task is merged afterwards; False: by the paper's phase 3, which may lose
-    much of it, see `retained`; True (ours): by adding directions to the bases, which loses nothing.
+    grow: how, with phi > 0, the task is merged afterwards. False: by the paper's phase 3, which may
+    lose much of it, see `retained`. True (ours): each basis gets directions, at most min(p, phi),
+    and nothing is lost.
     finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
     """
     # 1. Start: random coefficients and, if phi > 0, random temporary columns.
@@ -315,8 +315,8 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, k, share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # the paper's
-            merged = faster(merge_layer, share.bases[layer], share.coefficients[layer], new, **rule)
+        else:  # the paper's: merge_layer, below, computed with shorter columns
+            merged = merge_short(share.bases[layer], share.coefficients[layer], new, **rule)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
@@ -333,20 +333,20 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: by variance no basis gets smaller. The rebuilt factors lie in the old
-    #    one: 60 % of them, after a merge that kept 60 %, would be 36 %, and so on.
+    # 3. Phase 1 again. Ours: by variance no basis gets smaller. Without this, each merge would keep
+    #    60 % of what the one before had kept: 0.6, 0.36, 0.22, …
     return build_layer(pairs, variance, k, stacking, least=(beta.shape[1], alpha.shape[1]))
 
 
 # --- Part 2, everything else. Behind merge
-def faster(merge_layer, bases, old, new, **rule):
-    """merge_layer(bases, old, new, **rule), the same, with columns of q numbers in place of n.
+def merge_short(bases, old, new, **rule):
+    """merge_layer(bases, old, new, **rule), the same up to signs, with shorter columns.
 
-    If an old basis of 32 directions meets a new B of 8 columns, all columns of the merge lie in a
-    space of q = 40 dimensions, whatever n is. Let Q (n, q) be an orthonormal basis of it; then each
-    column is x = Q y. The merge uses norms and inner products of columns, which are the same for
-    the x and the y, and their mean, which is mean(x) = Q mean(y). So coefficients and sizes are the
-    same, and a direction u of the y is the direction Q u of the x. (Signs may differ.)
+    All columns x of a merge lie in the span of the old basis and the new factors. If these have 32
+    and 8 columns, the span has q = 40 dimensions, whatever n is. With an orthonormal basis Q (n, q)
+    of it, x = Q y, where y has q numbers. So a stack is X = Q Y. If Y = U S V^T, X = (Q U) S V^T:
+    a direction u of the y is the direction Q u of the x. mean(x) = Q mean(y), too. And the
+    coefficients are the same: (Q u)^T x = u^T y.
     """
     # 1. Find Q for each side.
     beta, alpha = bases
@@ -372,7 +372,7 @@ def orthonormal(matrices):
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
-    # Functions of Part 1 as methods. What they call share is self.
+    # Functions of Part 1 as methods. Their first argument, share, is self.
     factors = task_factors
     from_adapters = classmethod(from_adapters)
     learn = learn
@@ -384,8 +384,8 @@ class Share:
             raise ValueError(f"stack is {stack!r}; it takes 'factors' or 'updates'")
         self.variance = float(variance)  # see `build_basis`
         self.stacking = stack  # "factors", the paper's, or "updates", ours
-        # bases, coefficients and records, see the properties. It is replaced as a whole, and never
-        # changed in place: whoever reads it once, as in another thread, sees no half of a change.
+        # held = (bases, coefficients, records), see the properties. A change puts a new tuple in its
+        # place, so that another thread sees all of a change or nothing.
         self.held = {}, {}, {}
         self.selected = None  # a task, None, or a tuple of these, one for each sample of a batch
         self.learning = None  # the task that is being learned, inside a block of `learn`
@@ -515,7 +515,7 @@ class Share:
             if layer not in self.bases:
                 raise ValueError(f"task {task!r}, layer {layer!r}: no bases yet; merge makes them")
             coefficients[layer] = {task: best_rank(project(self.bases[layer], pairs[task]), p)}
-        self._store({task: adapter}, {}, coefficients)
+        self._store({task: adapter}, new_bases={}, new_coefficients=coefficients)
 
     def remove(self, task):
         """Forget a task; the bases stay. A selection that names it becomes None."""
@@ -539,10 +539,8 @@ class Share:
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
         # The paper asks for phi < k. Here k differs by layer and side: the largest is the limit.
         max_k = max([basis.shape[1] for bases in self.bases.values() for basis in bases], default=0)
-        if type(phi) is not int or phi not in range(max(1, max_k)):
-            raise ValueError(
-                f"phi is {phi!r}; it takes 0, or an integer below the largest k, {max_k}"
-            )
+        if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
+            raise ValueError(f"phi is {phi!r}; it takes 0 or integers below the largest k, {max_k}")
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
         start = {}
         for layer, (beta, alpha) in self.bases.items():
@@ -562,8 +560,12 @@ class Share:
         start = {}
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
-                parameters = nn.ParameterDict()  # filled one by one, to keep this order
-                parameters["eps_beta"], parameters["eps_alpha"] = self.coefficients[layer][task]
+                eps_beta, eps_alpha = self.coefficients[layer][task]
+                # One by one, as it would sort a dict. So the order is that of start_layer, and the
+                # state of an optimizer that learned the task fits.
+                parameters = nn.ParameterDict()
+                parameters["eps_beta"] = eps_beta
+                parameters["eps_alpha"] = eps_alpha
                 start[layer] = parameters
         if not start:
             raise ValueError(f"task {task!r} has no coefficients to train in any layer")
@@ -608,11 +610,12 @@ class Share:
             adapter.factors[layer] = learned_factors(self.bases[layer], end)
             coefficients[layer] = {task: (end["eps_beta"], end["eps_alpha"])}
         check_adapter(task, adapter, {})  # training may have ended in NaN
-        self._store({task: adapter}, {}, coefficients)  # layers that have not moved stay
+        # layers that have not moved stay
+        self._store({task: adapter}, new_bases={}, new_coefficients=coefficients)
 
     # --- The share's file
     def save(self, path):
-        """Write one .safetensors file, whole or not at all; selection and open block stay out.
+        """Write one .safetensors file, whole or not at all. It has no selection, and no open block.
 
         i.basis.0, i.basis.1   beta and alpha of layer i
         i.eps.0, i.eps.1       in layer i the coefficients of all tasks, side by side
@@ -651,7 +654,7 @@ class Share:
         write_whole(path, safetensors.torch.save(tensors))
 
     @classmethod
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # see _store
     def load(cls, path):
         """Read what `save` wrote. ValueError for another file, or where one bit has changed."""
         raw = Path(path).read_bytes()  # in one go: another process may replace the file
@@ -685,13 +688,15 @@ class Share:
         if not adapters:
             raise ValueError("adapters is empty; it takes one or more")
         shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
+        devices = {layer: beta.device for layer, (beta, _) in self.bases.items()}
         layers = {}
         for task, adapter in adapters.items():
             self._check_new_task(task)
             check_adapter(task, adapter, shapes)
             for layer, (B, A) in adapter.factors.items():
-                shapes[layer] = len(B), A.shape[1]  # of a new layer: the next adapter has to fit it
-                device = self.bases[layer][0].device if layer in self.bases else B.device
+                # In a new layer, the next adapters have to fit the first one, and go to its device.
+                shapes[layer] = len(B), A.shape[1]
+                device = devices.setdefault(layer, B.device)
                 dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
                 pair = B.detach().to(device, dtype), A.detach().to(device, dtype).T
                 layers.setdefault(layer, {})[task] = pair
@@ -724,10 +729,9 @@ class Share:
 
     def _attached(self, model, needed=()):
         """{layer: ShareLinear} of this share in a model; ValueError if a needed one is missing."""
-        linears = [module for module in model.modules() if isinstance(module, ShareLinear)]
         attached = {}
-        for linear in linears:
-            if linear.share is self:
+        for linear in model.modules():
+            if isinstance(linear, ShareLinear) and linear.share is self:
                 if linear.layer in attached:
                     raise ValueError(f"layer {linear.layer!r} is attached twice in the model")
                 attached[linear.layer] = linear
@@ -768,20 +772,19 @@ def squared_norm(adapter):
 def left_svd(X, rounding):
     """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
 
-    The plain way is torch.linalg.svd. This one takes the eigenvalues S² of the smaller of X X^T and
-    X^T X, which is faster, most for a wide X. They are wrong by 1e-16 of the largest S². All
-    callers pass a rounding of 1e-6 of the largest S or more: this is enough to tell 0 from not 0.
+    The plain way is torch.linalg.svd. This one is faster, most for a wide X: it takes the
+    eigenvalues S² of X X^T, or of X^T X, if that is smaller. They are wrong by 1e-16 of the
+    largest, so an S below 1e-8 of the largest is noise. All callers cut at 1e-6 of it or above.
     """
-    n, m = X.shape
-    if n <= m:  # X X^T = U S² U^T
-        squares, U = torch.linalg.eigh(X @ X.T)  # the smallest first
-        kept = squares > rounding**2
-        return U[:, kept].flip(1), squares[kept].sqrt().flip(0)
-    # X^T X = V S² V^T, and X V = U S
-    squares, V = torch.linalg.eigh(X.T @ X)
+    wide = X.shape[0] <= X.shape[1]
+    gram = X @ X.T if wide else X.T @ X  # U S² U^T, or V S² V^T
+    squares, vectors = torch.linalg.eigh(gram)  # the smallest first
     kept = squares > rounding**2
-    V, S = V[:, kept].flip(1), squares[kept].sqrt().flip(0)
-    return X @ (V / S), S  # orthonormal only roughly where S is small
+    S = squares[kept].sqrt().flip(0)
+    vectors = vectors[:, kept].flip(1)
+    if wide:
+        return vectors, S
+    return X @ (vectors / S), S  # U = X V / S, orthonormal only roughly where S is small
 
 
 def best_rank(eps, p):
@@ -795,7 +798,8 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     if 0 in (len(eps_beta), len(eps_alpha)):
-        # A basis is empty, so ΔW is 0. No column at all would mean that the task lacks the layer.
+        # A basis is empty, so ΔW is 0, and any columns do. There have to be some: in a saved file
+        # none means that the task lacks the layer.
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
@@ -804,14 +808,13 @@ def best_rank(eps, p):
 
 
 # --- Ours
-def with_mean(basis, X):
+def with_mean(basis, mean, X):
     """Ours: a basis, and beside it the direction of the mean of the columns X (n, m), in float64.
 
     `project` does not subtract the mean, so the basis has to hold it. It may do so already.
     """
-    mean = X.mean(dim=1, keepdim=True)
     missing = mean - basis @ (basis.T @ mean)
-    # Compare it with a column: of columns that cancel, the mean is rounding alone.
+    # Compare it with a typical column: of columns that cancel, the mean is rounding alone.
     column_norm = X.norm() / X.shape[1] ** 0.5  # root mean square
     if missing.norm() <= ROUNDING * column_norm:
         return basis
@@ -819,17 +822,18 @@ def with_mean(basis, X):
 
 
 def update_columns(B, A_T):
-    """Ours: columns C and D with C C^T = ΔW ΔW^T and D D^T = ΔW^T ΔW, for ΔW = B A.
+    """Ours: C (n, r) with C C^T = ΔW ΔW^T, and D (d, r) with D D^T = ΔW^T ΔW, for ΔW = B A.
 
     So C has the left singular vectors of ΔW, D the right ones, and both its singular values. B and
-    A^T have others: 2 B and A / 2 have the same ΔW. By QR decompositions
+    A^T have others: 2 B and A / 2 have the same ΔW. With a QR decomposition A^T = Q R
 
-        A^T = Q R:  ΔW   = B (Q R)^T   = (B R^T) Q^T    = C Q^T,  where Q^T Q = 1
-        B   = P T:  ΔW^T = A^T (P T)^T = (A^T T^T) P^T  = D P^T,  where P^T P = 1
+        ΔW ΔW^T = B A A^T B^T = B R^T Q^T Q R B^T = (B R^T) (B R^T)^T,  so  C = B R^T
+
+    D is likewise A^T R^T, with the R of B.
     """
-    R = torch.linalg.qr(A_T.double(), mode="r").R
-    T = torch.linalg.qr(B.double(), mode="r").R
-    return matmul64(B, R.T), matmul64(A_T, T.T)
+    R_A = torch.linalg.qr(A_T.double(), mode="r").R
+    R_B = torch.linalg.qr(B.double(), mode="r").R
+    return matmul64(B, R_A.T), matmul64(A_T, R_B.T)
 
 
 def update_stacks(pairs):
@@ -865,21 +869,22 @@ def grow_layer(bases, old, new, variance, k, stacking):
         if stacking == "factors":  # grow by directions of B and A^T
             C, D = B, A_T
         else:
-            # "updates": grow by directions of ΔW and ΔW^T, which is enough. If A lacks rank, B may
-            # have a part that B A does not use. `project` drops it, and ΔW stays the same.
+            # "updates": grow by directions of ΔW and ΔW^T. They may leave out a part of B, but only
+            # one that B A does not use; `project` drops it, and ΔW stays the same.
             C, D = update_columns(B, A_T)
         beta = grow_basis(beta, C, variance, k)
         alpha = grow_basis(alpha, D, variance, k)
     coefficients = {}
-    for task, (eps_beta, eps_alpha) in old.items():  # 0 for all directions that were added
-        rows_beta, rows_alpha = beta.shape[1] - len(eps_beta), alpha.shape[1] - len(eps_alpha)
-        coefficients[task] = (
-            F.pad(eps_beta, (0, 0, 0, rows_beta)),
-            F.pad(eps_alpha, (0, 0, 0, rows_alpha)),
-        )
+    for task, (eps_beta, eps_alpha) in old.items():
+        coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
+
+
+def with_rows(eps, basis):
+    """Coefficients, and below them a row of zeros for each direction that the basis has gained."""
+    return F.pad(eps, (0, 0, 0, basis.shape[1] - len(eps)))
 
 
 def grow_basis(basis, columns, variance, k):
@@ -889,7 +894,8 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # (b^T b)^-1 is not exactly 1, as a float32 basis is orthonormal only to 1e-7.
+    # (b^T b)^-1 is 1 only to 1e-7 for a float32 basis. `project` can leave it out; but here what is
+    # left may be as small as that.
     outside = X - b @ torch.linalg.solve(b.T @ b, b.T @ X)
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
     room = None if k is None else max(0, k - basis.shape[1])
@@ -965,7 +971,8 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
-                # Some can be written in inference mode only, and expanded ones not at all.
+                # A buffer that was made in inference mode can be written only there; an expanded
+                # one never, so that the block cannot have changed it either.
                 with torch.inference_mode(), contextlib.suppress(RuntimeError):
                     buffer.copy_(buffers[name])
 
@@ -1042,15 +1049,14 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # A forward in the layer itself hides that of its class. When accelerate's hooks are removed,
-    # they leave that of the class there, which is harmless.
-    forward = vars(linear).get("forward", linear.forward)
+    # accelerate puts another forward into the layer, and when it is removed that of the class.
+    is_own = getattr(linear.forward, "__func__", None) is cls.forward
     if isinstance(linear, nn.Linear) and weight is None:
         reason = "its weight is computed, as by pruning; make it permanent first"
     elif type(linear) is not cls:
         reason = f"it takes {cls.__name__} itself, with its own forward"
-    elif getattr(forward, "__func__", None) is not cls.forward:
-        reason = "its forward is patched; attach first and offload after it, and end that to detach"
+    elif not is_own:
+        reason = "its forward is patched; attach first and offload afterwards; undo it to detach"
     elif weight.is_meta:
         reason = "its weight is on meta; load the weights first"
     elif weight.shape != shape:
