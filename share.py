@@ -384,8 +384,8 @@ class Share:
             raise ValueError(f"stack is {stack!r}; it takes 'factors' or 'updates'")
         self.variance = float(variance)  # see `build_basis`
         self.stacking = stack  # "factors", the paper's, or "updates", ours
-        # held = (bases, coefficients, records), see the properties. A change puts a new tuple in its
-        # place, so that another thread sees all of a change or nothing.
+        # held = (bases, coefficients, records), see the properties. A change replaces all of it, so
+        # that another thread sees the whole change or nothing.
         self.held = {}, {}, {}
         self.selected = None  # a task, None, or a tuple of these, one for each sample of a batch
         self.learning = None  # the task that is being learned, inside a block of `learn`
