@@ -44,6 +44,7 @@ import timeit
 import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -55,7 +56,6 @@ from torch.nn import functional as F
 from share import Adapter, Share, ToyTransformer, train_coefficients, write_whole
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-START = time.perf_counter()  # of the program
 LETTERS, KEY, MESSAGE = 16, 3, 12
 TARGETS = ("q", "k", "v", "o", "up", "down")  # layers that LoRA adapts
 
@@ -178,24 +178,23 @@ def attach_lora(model, targets, r=8):
     """Make LoRALinear of the nn.Linear's whose names end in `targets`; freezes, returns `model`."""
     if type(r) is not int or r < 1:
         raise ValueError(f"r is {r!r}; it takes an integer, 1 or more")
-    if not targets:
-        raise ValueError("targets is empty, and so ends the name of no nn.Linear")
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    chosen = set()
-    for target in targets:
-        found = {name for name in linears if f".{name}".endswith(f".{target}")}  # whole parts of it
-        if not found:
-            raise ValueError(f"target {target!r} ends the name of no nn.Linear in the model")
-        chosen |= found
+    chosen = []
+    unused = set(targets)
+    for name, module in model.named_modules():  # in this order, so that a seed fixes the start
+        found = {target for target in targets if f".{name}".endswith(f".{target}")}
+        if found and type(module) is nn.Linear:
+            chosen.append(module)
+            unused -= found
+    if unused or not chosen:
+        raise ValueError(f"targets {targets}: {sorted(unused)} ends the name of no nn.Linear")
     model.requires_grad_(False)
-    for name, linear in linears.items():  # in the model's order, so that a seed fixes the start
-        if name in chosen:
-            W0 = linear.weight
-            dtype = torch.promote_types(W0.dtype, torch.float32)  # of factors, if W0 is in half
-            linear.lora_A = nn.Parameter(W0.new_empty(r, linear.in_features, dtype=dtype))
-            linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r, dtype=dtype))
-            nn.init.kaiming_uniform_(linear.lora_A, a=5**0.5)
-            linear.__class__ = LoRALinear  # the same object under the same name
+    for linear in chosen:
+        W0 = linear.weight
+        dtype = torch.promote_types(W0.dtype, torch.float32)  # of factors, if W0 is in half
+        linear.lora_A = nn.Parameter(W0.new_empty(r, linear.in_features, dtype=dtype))
+        linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r, dtype=dtype))
+        nn.init.kaiming_uniform_(linear.lora_A, a=5**0.5)
+        linear.__class__ = LoRALinear  # the same object under the same name
     return model
 
 
@@ -223,7 +222,7 @@ class Experiment:
             self.tests.append(make_batch(generator, self.keys[tags], tags))
         self.base, self.clear_test = pretrain(s)
         self.base_accuracies = self.accuracies(self.base)
-        print_progress("base", f"key in clear: {accuracy(self.base, self.clear_test):.3f}")
+        print(f"{'base':16}key in clear: {accuracy(self.base, self.clear_test):.3f}", flush=True)
 
     def batches(self, t, steps):
         """Training prompts of task t."""
@@ -244,9 +243,12 @@ class Experiment:
         """The accuracies on the first `count` tasks; None stands for all."""
         return [accuracy(model, test) for test in self.tests[:count]]
 
-    def matrix_row(self, learned):
-        """Accuracies on all tasks: on those learned so far, and the base's on the rest."""
-        return learned + self.base_accuracies[len(learned) :]
+    def after_task(self, method, matrix, loss, learned):
+        """Add a row to the matrix, and print a line. learned: accuracies on tasks 0 to t."""
+        not_yet = self.base_accuracies[len(learned) :]  # the base's accuracies on later tasks
+        matrix.append(learned + not_yet)
+        line = f"{method:16}task {len(learned) - 1:2}  loss {loss:.3f}  accuracy {learned[-1]:.3f}"
+        print(f"{line}  mean of all so far {mean(learned):.3f}", flush=True)
 
     def new_lora(self, start_name, r):
         """A copy of the base with a new LoRA.
@@ -266,9 +268,8 @@ class Experiment:
             loss, trained = fit(model, self.batches(t, self.s.lora_steps), lr)
             adapters[name] = lora_adapter(model)
             learned.append(accuracy(model, self.tests[t]))
-            matrix.append(self.matrix_row(learned))
-            report(method, t, loss, [learned[t]])
-        return adapters, row_of_matrix(matrix, trained, stored=len(matrix) * trained)
+            self.after_task(method, matrix, loss, learned)
+        return adapters, metrics(matrix, trained, stored=len(matrix) * trained)
 
     def lora_sequential(self):
         """One LoRA, trained through the tasks."""
@@ -277,17 +278,14 @@ class Experiment:
         matrix = []
         for t in range(len(self.names)):
             loss, trained = fit(model, self.batches(t, s.lora_steps), s.lora_lr)
-            learned = self.accuracies(model, t + 1)
-            matrix.append(self.matrix_row(learned))
-            report("lora_sequential", t, loss, learned)
-        return row_of_matrix(matrix, trained, stored=trained)  # one LoRA for all
+            self.after_task("lora_sequential", matrix, loss, self.accuracies(model, t + 1))
+        return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
         """Learn task t: the last loss, and how many numbers were trained.
 
-        phi = 0  phase 2. The bases are frozen. Trained are eps_beta and eps_alpha, (k, p) each:
-                     B = beta eps_beta  and  A = (alpha eps_alpha)^T
-        phi > 0  phase 2. Trained are, too, phi temporary columns C beside each basis:
+        phi = 0  phase 2: the coefficients are trained, and the bases stay as they are.
+        phi > 0  phase 2 trains, too, phi temporary columns C beside each basis:
                      B = [beta, C] eps_beta  with  eps_beta (k + phi, p);  A likewise.
                  Then phase 3 replaces [beta, C] by one basis:
           grow=True   ours: beta stays, and columns are appended until it holds C; earlier ΔW stay
@@ -296,10 +294,9 @@ class Experiment:
         s = self.s
         seed = 100 * s.seed + t
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
-            # In this block only the coefficients, and C, require gradients.
-            loss, trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        # At the end of the block the share has taken the task in.
-        return loss, trained
+            # In this block only the coefficients, and C, require gradients. At its end the share
+            # takes the task in.
+            return fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
@@ -319,54 +316,39 @@ class Experiment:
         for t in range(len(first_rows), len(self.names)):
             loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
-            matrix.append(self.matrix_row(learned))
-            report(method, t, loss, learned)
-        return model, row_of_matrix(matrix, trained, num_parameters(share))
+            self.after_task(method, matrix, loss, learned)
+        return model, metrics(matrix, trained, num_parameters(share))
 
 
 # --- Rows of the table
-def metrics(matrix):
-    """Three numbers of matrix[i][j], the accuracy on task j after learning tasks 0 to i.
+def metrics(matrix, trained=None, stored=None):
+    """A row, for tasks learned one by one. matrix[i][j]: accuracy on task j after tasks 0 to i.
 
     acc         the mean of the last row, which are the accuracies at the end
     bwt         at the end, minus just after task j was learned (Lopez-Paz and Ranzato 2017)
     forgetting  the best ever before the end, minus at the end (Chaudhry et al. 2018)
 
     The latter two are means over all tasks j but the last. Before task j is learned (i < j),
-    matrix[i][j] is the base's accuracy.
+    matrix[i][j] is the base's accuracy. trained: how many numbers were trained for the last task.
+    stored: how many are stored for all tasks.
     """
     *earlier, last = matrix
     tasks = range(len(earlier))
     best = [max(row[j] for row in earlier) for j in tasks]
-    bwt = mean([last[j] - matrix[j][j] for j in tasks])
-    forgetting = mean([best[j] - last[j] for j in tasks])
-    return {"accuracy_matrix": matrix, "acc": mean(last), "bwt": bwt, "forgetting": forgetting}
-
-
-def row_of_matrix(matrix, trained, stored):
-    """A row of the table for tasks learned one by one, see `metrics`.
-
-    trained: how many numbers were trained for the last task. stored: how many, for all tasks.
-    """
-    return {**metrics(matrix), "trained_per_task": trained, "stored": stored}
+    return {
+        "accuracy_matrix": matrix,
+        "acc": mean(last),
+        "bwt": mean([last[j] - matrix[j][j] for j in tasks]),
+        "forgetting": mean([best[j] - last[j] for j in tasks]),
+        "trained_per_task": trained,
+        "stored": stored,
+    }
 
 
 def row_of_accuracies(accuracies, stored):
-    """A row of the table for tasks without an order, of which none can be forgotten."""
+    """The row of tasks that are not learned one by one, so that none can be forgotten."""
     missing = dict.fromkeys(("accuracy_matrix", "bwt", "forgetting", "trained_per_task"))
     return {"acc": mean(accuracies), "stored": stored, **missing}
-
-
-def report(method, t, loss, learned):
-    """Print a line after task t. learned: accuracies up to that of task t, or this one alone."""
-    line = f"task {t:2d}  loss {loss:.3f}  accuracy {learned[-1]:.3f}"
-    if len(learned) > 1:
-        line += f"  earlier tasks {mean(learned[:-1]):.3f}"
-    print_progress(method, line)
-
-
-def print_progress(method, text):
-    print(f"{time.perf_counter() - START:6.1f} s  {method:16}{text}", flush=True)
 
 
 def num_basis_parameters(share):
@@ -437,14 +419,14 @@ def check(methods):
 def break_even(methods, other, first):
     """Least number of tasks, at least `first`, for which Share stores less than LoRAs, or None."""
     share = methods["share"]
-    later_each = share["trained_per_task"]  # a later task stores what it trains
+    share_each = share["trained_per_task"]  # a later task stores what it trains
     lora_each = methods[other]["trained_per_task"]
-    if later_each >= lora_each:
+    if share_each >= lora_each:
         return None
-    later = len(share["accuracy_matrix"]) - first
-    at_first = share["stored"] - later * later_each  # the bases, and the first tasks
+    # the bases, and what the first tasks store more than later ones
+    fixed = share["stored"] - len(share["accuracy_matrix"]) * share_each
     tasks = first
-    while at_first + (tasks - first) * later_each >= tasks * lora_each:
+    while fixed + tasks * share_each >= tasks * lora_each:
         tasks += 1
     return tasks
 
@@ -480,22 +462,31 @@ def other_rows(e, built, share, model):
 
     built: a share of the first tasks. share: of all tasks, attached to model.
     """
+    s = e.s
     rows = {}
     # all tasks, the first ones, too, learned in random bases
-    _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, e.s.seed), [])
+    _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, s.seed), [])
     # one LoRA, trained on all tasks at once
-    rows["lora_joint"] = lora_joint(e)
-    # the share if nobody names the task; the last two add a task to it, so routing is first
+    lora = e.new_lora("lora_joint", s.r)
+    _, trained = fit(lora, e.mixed_batches(s.joint_steps), s.lora_lr)
+    rows["lora_joint"] = row_of_accuracies(e.accuracies(lora), stored=trained)
+    # the share if nobody names the task
     rows["share_routed"] = share_routed(e, share, model)
-    rows["share_average"] = share_average(e, share, model)
-    rows["share_general"] = share_general(e, share, model)
+    # one more task, tried on all prompts: the mean of all tasks' ΔW
+    average(share, e.names, "average")
+    rows["share_average"] = row_of_one_task(e, share, model, "average")
+    # another one: coefficients that are trained on all tasks at once, here by Share's own loop
+    mixture = e.mixed_batches(s.joint_steps)
+    settings = dict(p=s.general_p, lr=s.lr, seed=s.seed)
+    train_coefficients(share, model, "general", mixture, loss_fn, **settings)
+    rows["share_general"] = row_of_one_task(e, share, model, "general")
     return rows
 
 
 def random_bases(share, seed):
     """A share without tasks, with random orthonormal bases of the same sizes."""
     share = copy.deepcopy(share)
-    for name in list(share.tasks):
+    for name in share.tasks:
         share.remove(name)
     torch.manual_seed(seed)
     for layer, bases in share.bases.items():
@@ -503,54 +494,27 @@ def random_bases(share, seed):
     return share
 
 
-def lora_joint(e):
-    """One LoRA on all tasks at once."""
-    model = e.new_lora("lora_joint", e.s.r)
-    _, trained = fit(model, e.mixed_batches(e.s.joint_steps), e.s.lora_lr)
-    return row_of_accuracies(e.accuracies(model), stored=trained)
-
-
 @torch.no_grad()
 def share_routed(e, share, model):
     """The `Router`, below, picks the task of each prompt; for a key in clear the base."""
     body = copy.deepcopy(e.base)
-    body.head = nn.Identity()
-
-    def hidden(tokens):  # (b, width): the base's hidden state, averaged over the prompt
-        return body(tokens).mean(1)
-
+    body.head = nn.Identity()  # so that body(tokens) are the base's hidden states (b, 15, width)
     features = {}
     for t, name in enumerate(e.names):
         prompts = torch.cat([tokens for tokens, _ in e.batches(t, steps=8)])
-        features[name] = hidden(prompts)
-    router = Router.fit(features)  # from the base's hidden states of training prompts alone
-
-    def routed_accuracy(batch):
+        features[name] = body(prompts).mean(1)  # over the prompt
+    router = Router.fit(features)
+    accuracies = []
+    for batch in [*e.tests, e.clear_test]:
         tokens, _ = batch
-        names = router.route(hidden(tokens))  # for each prompt a task's, or None: the base
+        names = router.route(body(tokens).mean(1))  # for each prompt a task's, or None: the base
         share.select(names)  # a mixed batch
-        return accuracy(model, batch)
-
+        accuracies.append(accuracy(model, batch))
+    *of_tasks, of_clear = accuracies
     stored = num_parameters(share) + router.means.numel() + router.scale.numel()
-    row = row_of_accuracies([routed_accuracy(test) for test in e.tests], stored)
-    base_kept = routed_accuracy(e.clear_test) / accuracy(e.base, e.clear_test)
-    return row | {"base_kept": base_kept}
-
-
-def share_average(e, share, model):
-    """The mean of all tasks' ΔW, by `average`."""
-    average(share, e.names, "average")
-    return row_of_one_task(e, share, model, "average")
-
-
-def share_general(e, share, model):
-    """One set of coefficients, trained on all tasks at once."""
-    s = e.s
-    mixture = e.mixed_batches(s.joint_steps)
-    settings = dict(p=s.general_p, lr=s.lr, seed=s.seed)
-    # Phase 2 as in learn_task, by the call that has a loop of Adam in it.
-    train_coefficients(share, model, "general", mixture, loss_fn, **settings)
-    return row_of_one_task(e, share, model, "general")
+    row = row_of_accuracies(of_tasks, stored)
+    row["base_kept"] = of_clear / accuracy(e.base, e.clear_test)
+    return row
 
 
 def row_of_one_task(e, share, model, name):
@@ -562,60 +526,45 @@ def row_of_one_task(e, share, model, name):
 
 # --- Ablations, costs, the picture
 def sweep(s):
-    """The ablations."""
+    """The ablations: two new tasks, learned in bases of several kinds and in several ways."""
     e = Experiment(s)
     adapters, _ = e.lora_per_task("lora_per_task", s.r, s.lora_lr, s.first)
-    new = range(s.first, s.first + 2)
-    sweep_bases(e, adapters, new)
-    sweep_phi(e, adapters, new)
-
-
-def sweep_bases(e, adapters, new):
-    """How the bases are made (variance, stack), and how many columns p a new task has."""
-    print("\nk       directions of a basis, on average")
-    print("first   accuracy of the first tasks, at rank r in the bases")
-    print("new     accuracy of two more tasks, learned at p")
-    print("random  accuracy of the same two, learned in random bases")
-    print("variance  stack       k  p  trained  first    new  random")
+    print(
+        "\nfrom   how many tasks made the bases; 0: random bases, of the sizes in the line before"
+    )
+    print("k      directions of a basis, on average")
+    print("first  accuracy of the tasks that made the bases, at rank r")
+    print("new    accuracy of two more tasks, learned at p")
+    print("grow   how phi columns are merged: by ours (True) or by the paper's phase 3 (False)")
+    print("from  variance  stack       k  p  phi   grow   first    new  trained   stored")
     for variance, stack in itertools.product((0.6, 0.9), ("factors", "updates")):
         built = Share.from_adapters(adapters, variance=variance, stack=stack)
-        k = mean([basis.shape[1] for bases in built.bases.values() for basis in bases])
-        tried = copy.deepcopy(built)
-        model = tried.attach(copy.deepcopy(e.base))
-        of_first = mean(e.selected_accuracies(tried, model, range(len(adapters))))
         for p in (1, 4):
-            of_new, trained = learn_new(e, copy.deepcopy(built), new, p)
-            of_random, _ = learn_new(e, random_bases(built, e.s.seed), new, p)
-            line = f"{variance:8}  {stack:7}{k:6.1f} {p:2} {trained:8} {of_first:6.3f}"
-            print(f"{line} {of_new:6.3f} {of_random:7.3f}", flush=True)
-
-
-def sweep_phi(e, adapters, new):
-    """What phi is for: bases from few tasks, then two new tasks with and without a merge."""
-    print("\nfrom    how many tasks made the bases")
-    print("new     accuracy of two new tasks")
-    print("from  phi  merge       new  trained   stored")
-    ways = [(0, True, "none")]  # without temporary columns nothing is merged, whatever grow is
-    for phi in (1, 2, 4):
-        ways += [(phi, False, "paper's"), (phi, True, "grow")]
-    for count in (1, 2, 4):
-        if count > len(adapters):  # as with --quick
-            break
+            ablation(e, built, p)
+            ablation(e, random_bases(built, s.seed), p)
+    for count in sorted({1, 2, s.first}):
         some = {name: adapters[name] for name in e.names[:count]}
-        built = Share.from_adapters(some, variance=e.s.variance, stack=e.s.stack)
-        for phi, grow, merge in ways:
-            share = copy.deepcopy(built)
-            of_new, trained = learn_new(e, share, new, e.s.p, phi, grow)
-            line = f"{count:4} {phi:4}  {merge:8} {of_new:6.3f} {trained:8}"
-            print(f"{line} {num_parameters(share):8}", flush=True)
+        built = Share.from_adapters(some, variance=s.variance, stack=s.stack)
+        ablation(e, built, s.p)
+        for phi, grow in itertools.product((1, 2, 4), (False, True)):
+            ablation(e, built, s.p, phi, grow)
 
 
-def learn_new(e, share, tasks, p, phi=0, grow=True):
-    """Learn some tasks: their mean accuracy, and how many numbers were trained for the last."""
+def ablation(e, built, p, phi=0, grow=None):
+    """Learn two new tasks in a copy of a share, and print a line."""
+    share = copy.deepcopy(built)
     model = share.attach(copy.deepcopy(e.base))
-    for t in tasks:
+    k = mean([basis.shape[1] for bases in share.bases.values() for basis in bases])
+    of_first = math.nan
+    if share.tasks:
+        of_first = mean(e.selected_accuracies(share, model, range(len(share.tasks))))
+    new_tasks = range(e.s.first, e.s.first + 2)
+    for t in new_tasks:
         _, trained = e.learn_task(share, model, t, p, phi, grow)
-    return mean(e.selected_accuracies(share, model, tasks)), trained
+    of_new = mean(e.selected_accuracies(share, model, new_tasks))
+    line = f"{len(built.tasks):4} {share.variance:9}  {share.stacking:7} {k:5.1f} {p:2} {phi:4}"
+    line += f" {str(grow):>6} {of_first:7.3f} {of_new:6.3f}"
+    print(f"{line} {trained:8} {num_parameters(share):8}", flush=True)
 
 
 def scaling(seed, counts, n=1024, r=8):
@@ -627,13 +576,12 @@ def scaling(seed, counts, n=1024, r=8):
     stored     numbers of the share at p = 1; apart: those of the adapters
     """
     torch.manual_seed(seed)
-    B_span, A_span = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in range(2)]
-
-    def noisy(span):  # r directions in the 32 that all tasks share, and noise
-        return span @ torch.randn(32, r) + 0.02 * torch.randn(n, r)
+    spans = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in range(2)]
 
     def new_adapter():
-        return Adapter({"0": (noisy(B_span), noisy(A_span).T)})
+        """Its r columns on each side are in the 32 directions that all tasks share, plus noise."""
+        B, A_T = [span @ torch.randn(32, r) + 0.02 * torch.randn(n, r) for span in spans]
+        return Adapter({"0": (B, A_T.T)})
 
     print(f"one layer of {n} × {n}, adapters of rank {r}; stored: with p = 1; apart: the adapters")
     print("tasks   build s  load+merge ms  published ms   ratio   stored       apart")
@@ -641,19 +589,21 @@ def scaling(seed, counts, n=1024, r=8):
         path = Path(folder) / "share.safetensors"
         for tasks in counts:
             adapters = {f"task {i}": new_adapter() for i in range(tasks)}
-            build = seconds(3, Share.from_adapters, adapters)
+            build = seconds(Share.from_adapters, adapters)
             Share.from_adapters(adapters).save(path)
-            merge = 1000 * seconds(5, load_and_merge, path, new_adapter())
-            published = 1000 * seconds(1, load_and_merge_as_published, path, new_adapter())
+            merge = 1000 * seconds(load_and_merge, path, new_adapter())
+            published = 1000 * seconds(load_and_merge_as_published, path, new_adapter())
             stored = num_parameters(Share.from_adapters(adapters, p=1))
-            apart = tasks * 2 * n * r
-            print(f"{tasks:5} {build:9.2f} {merge:14.1f} {published:13.1f}", end="")
-            print(f" {published / merge:7.1f} {stored:8,} {apart:11,}", flush=True)
+            line = (
+                f"{tasks:5} {build:9.2f} {merge:14.1f} {published:13.1f} {published / merge:7.1f}"
+            )
+            print(f"{line} {stored:8,} {2 * tasks * n * r:11,}", flush=True)
 
 
-def seconds(times, function, *arguments):
-    """The median time of so many calls."""
-    return median(timeit.repeat(lambda: function(*arguments), number=1, repeat=times))
+def seconds(function, *arguments):
+    """The median time of three calls."""
+    times = timeit.repeat(partial(function, *arguments), number=1, repeat=3)
+    return median(times)
 
 
 def load_and_merge(path, adapter):
@@ -667,69 +617,46 @@ def load_and_merge_as_published(path, adapter):
     pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
     B_stack = torch.cat([B for B, _ in pairs], dim=1)  # (n, columns of all tasks)
     A_stack = torch.cat([A.T for _, A in pairs], dim=1)
-    return [new_coefficients(stack, share.variance) for stack in (B_stack, A_stack)]
-
-
-def new_coefficients(columns, variance):
-    """The coefficients (k, m) of columns (n, m) in the paper's new basis of them."""
-    centred = columns - columns.mean(1, keepdim=True)
-    U, S, _ = torch.linalg.svd(centred, full_matrices=False)
-    explained = S.square().cumsum(0) / S.square().sum()  # by one direction, by two, …
-    k = int((explained < variance).sum()) + 1  # all that fall short, and the one that reaches it
-    # As in the paper the mean is subtracted to find the basis, but not before projecting.
-    return U[:, :k].T @ columns
+    for stack, old_basis in zip((B_stack, A_stack), share.bases["0"], strict=True):
+        centred = stack - stack.mean(1, keepdim=True)
+        U, _, _ = torch.linalg.svd(centred, full_matrices=False)
+        basis = U[:, : old_basis.shape[1]]  # a basis of the same size takes as long as by variance
+        basis.T @ stack  # the coefficients
 
 
 def svg(methods, seed):
     """The accuracy matrices of lora_sequential and share side by side, as heat maps."""
-    cell = 20
-    left, top = 60, 60  # room for the words beside and above a matrix
-    side = cell * len(methods["share"]["accuracy_matrix"])
-    right = left + max(side, 240) + 80  # where Share's matrix begins: its words need 240
-    size = f"{right + max(side, 240) + cell} {top + max(side, 200) + 40}"
     style = "text { font: 14px sans-serif; fill: #1f2328 } rect { fill: #2f7fd8; stroke: #8888 } "
     style += "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } rect { fill: #58a6ff } }"
-    page = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">']
-    page.append(f"<style>{style}</style>")
-    page += heat_map(methods["lora_sequential"], f"One LoRA, seed {seed}", left, top, cell)
-    page += heat_map(methods["share"], f"Share, seed {seed}", right, top, cell)
-    return "\n".join([*page, "</svg>\n"])
-
-
-def heat_map(row, title, left, top, cell):
-    """Lines of SVG: the accuracy matrix of a row, with its upper left corner at (left, top)."""
-    matrix = row["accuracy_matrix"]
-    below = cell * len(matrix) + 22
-    scores = f"ACC {row['acc']:.2f}, forgetting {spread([row['forgetting']], 2)}"
-    lines = [f'<g transform="translate({left} {top})">']
-    lines.append(f'<text y="-32">{title}</text>')
-    lines.append(f'<text y="-12">{scores}</text>')
-    lines.append(f'<text y="{below}">accuracy on task 0, 1, … →</text>')
-    turn = 'transform="translate(-22 0) rotate(90)"'
-    lines.append(f"<text {turn}>after learning task 0, 1, … →</text>")
-    for i, accuracies in enumerate(matrix):
-        for j, part in enumerate(accuracies):
-            place = f'x="{cell * j}" y="{cell * i}" width="{cell}" height="{cell}"'
-            shade = f'fill-opacity="{part:.2f}"'  # so that 0 is the page, light or dark
-            lines.append(f"<rect {place} {shade}><title>{part:.2f}</title></rect>")
-    return [*lines, "</g>"]
+    lines = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 340">']
+    lines.append(f"<style>{style}</style>")
+    for left, title, method in ((60, "One LoRA", "lora_sequential"), (380, "Share", "share")):
+        row = methods[method]
+        matrix = row["accuracy_matrix"]
+        cell = 240 // len(matrix)
+        scores = f"ACC {row['acc']:.2f}, forgetting {spread([row['forgetting']], 2)}"
+        lines.append(f'<g transform="translate({left} 60)">')  # where the matrix begins
+        lines.append(f'<text y="-32">{title}, seed {seed}</text>')
+        lines.append(f'<text y="-12">{scores}</text>')
+        lines.append('<text y="262">accuracy on task 0, 1, … →</text>')
+        turn = 'transform="translate(-22 0) rotate(90)"'
+        lines.append(f"<text {turn}>after learning task 0, 1, … →</text>")
+        for i, accuracies in enumerate(matrix):
+            for j, part in enumerate(accuracies):
+                place = f'x="{cell * j}" y="{cell * i}" width="{cell}" height="{cell}"'
+                lines.append(f'<rect {place} fill-opacity="{part:.2f}"/>')  # 0 is the page's colour
+        lines.append("</g>")
+    lines.append("</svg>\n")
+    return "\n".join(lines)
 
 
 # --- PEFT's files
-# Options of LoraConfig (PEFT 0.21) with which a layer is not W0 x + scaling B A x, and why.
-PEFT_VARIANTS = {
-    "use_dora": "it has another forward pass",
-    "lora_bias": "it has another forward pass",
-    "use_qalora": "it has another forward pass",
-    "use_bdlora": "it has another forward pass",
-    "arrow_config": "it has another forward pass",
-    "kasa_config": "it has another forward pass",
-    "monteclora_config": "it has another forward pass",
-    "target_parameters": "it adapts weights that are not of an nn.Linear",
-    "trainable_token_indices": "it adapts weights that are not of an nn.Linear",
-    "alora_invocation_tokens": "it adapts some tokens only",
-    "layer_replication": "it adds layers to the model",
-}
+# Options of LoraConfig (PEFT 0.21) with which a layer is not W0 x + scaling B A x:
+PEFT_VARIANTS = ["use_dora", "lora_bias", "use_qalora", "use_bdlora"]  # another forward pass
+PEFT_VARIANTS += ["arrow_config", "kasa_config", "monteclora_config"]  # another forward pass
+PEFT_VARIANTS += ["target_parameters", "trainable_token_indices"]  # not of an nn.Linear
+PEFT_VARIANTS += ["alora_invocation_tokens"]  # for some tokens only
+PEFT_VARIANTS += ["layer_replication"]  # in a model with more layers
 # Values of init_lora_weights that leave W0 as it is; pissa, for one, changes it:
 PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Options that `save_peft` leaves out:
@@ -753,56 +680,50 @@ def load_peft(directory):
     except (ValueError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{directory} is damaged: {error}") from None
     check_plain_lora(config, directory)
-    sides = {"A": {}, "B": {}}  # {layer: tensor} of each
+    pairs = {}  # {layer: {"A": tensor, "B": tensor}}
     extras = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(PEFT_NAME, name)
         if match:
             layer, side = match.groups()
-            sides[side][layer] = tensor
+            pairs.setdefault(layer, {})[side] = tensor
         else:
             extras[name] = tensor
     check_extras(extras, config, directory)
+    if not pairs:
+        raise ValueError(f"{directory} has no LoRA weights")
     factors = {}
-    for layer in sides["A"] | sides["B"]:
-        A, B = sides["A"].get(layer), sides["B"].get(layer)
-        are_matrices = A is not None and B is not None and A.dim() == B.dim() == 2
-        if not are_matrices or len(A) == 0 or B.shape[1] != len(A):
+    for layer, pair in pairs.items():
+        A, B = pair.get("A"), pair.get("B")
+        if A is None or B is None or A.dim() != 2 or B.shape[1:] != A.shape[:1]:
             raise ValueError(f"{directory}, layer {layer!r} has no A (r, d) with a B (n, r)")
         dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
         scaling = peft_scaling(config, layer, len(A), directory)
         factors[layer] = B.to(dtype) * scaling, A.to(dtype)
-    if not factors:
-        raise ValueError(f"{directory} has no LoRA weights")
     return Adapter(factors, extras, config)
-
-
-def check_extras(extras, config, directory):
-    """ValueError for a LoRA tensor other than A and B, such as DoRA's lora_magnitude_vector.
-
-    Among the extras it would be stored, but never applied. A head called, say, lora_head is fine:
-    modules_to_save lists it.
-    """
-    heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
-    for name in extras:
-        for part in name.split("."):
-            if part.startswith("lora_") and part not in heads:
-                known = "base_model.model.LAYER.lora_A/B.weight"
-                raise ValueError(f"{directory}: {name!r} is no {known}")
 
 
 def check_plain_lora(config, directory):
     """ValueError, with what the config says, unless ΔW = scaling * B A beside an unchanged W0."""
-    says = {}
-    for name, why in PEFT_VARIANTS.items():
-        if config.get(name):
-            says[name] = f"{config[name]}, {why}"
+    says = {name: config[name] for name in PEFT_VARIANTS if config.get(name)}
     if config.get("peft_type") != "LORA":
         says["peft_type"] = config.get("peft_type")
     if config.get("init_lora_weights") not in PEFT_STARTS:
         says["init_lora_weights"] = config["init_lora_weights"]
     if says:
         raise ValueError(f"{directory} is no plain LoRA on an unchanged model: {says}")
+
+
+def check_extras(extras, config, directory):
+    """ValueError for a LoRA tensor that is no A or B of a layer, as no extra is ever applied.
+
+    A head called, say, lora_head is fine: modules_to_save lists it.
+    """
+    heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
+    for name in extras:
+        of_lora = {part for part in name.split(".") if part.startswith("lora_")}
+        if of_lora - heads:
+            raise ValueError(f"{directory}: {name!r} is no base_model.model.LAYER.lora_A/B.weight")
 
 
 def peft_scaling(config, layer, r, directory):
@@ -856,21 +777,16 @@ def peft_targets(adapter):
     """
     layers = list(adapter.factors)
     old = adapter.config.get("target_modules") or []
-    if isinstance(old, set):
-        old = sorted(old)  # JSON has no set
-    narrowing = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
-    is_narrowed = any(value not in (None, [], "") for value in narrowing)  # layer 0 narrows, too
-    if names_all(old, layers) and not is_narrowed:
-        return old
-    return "|".join(map(re.escape, layers))
-
-
-def names_all(targets, layers):
-    """Whether targets, a regular expression or endings of names, name all layers."""
-    if isinstance(targets, str):
-        return all(re.fullmatch(targets, layer) for layer in layers)
-    endings = tuple(f".{target}" for target in targets)
-    return all(f".{layer}".endswith(endings) for layer in layers)
+    if isinstance(old, str):  # a regular expression
+        fits = all(re.fullmatch(old, layer) for layer in layers)
+    else:  # ends of names
+        old = sorted(old) if isinstance(old, set) else old  # JSON has no set
+        endings = tuple(f".{target}" for target in old)
+        fits = all(f".{layer}".endswith(endings) for layer in layers)
+    for key in ("exclude_modules", "layers_to_transform"):
+        if adapter.config.get(key) not in (None, [], ""):  # 0 narrows it, too: to layer 0
+            fits = False
+    return old if fits else "|".join(map(re.escape, layers))
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -902,7 +818,12 @@ class Router:
                 size = tuple(x.shape)
                 raise ValueError(f"task {task!r}: features {size} are not finite, (N >= 2, f)")
         samples = [x.double() for x in features.values()]
-        residuals = torch.cat([leave_one_out(x) for x in samples])
+        residuals = []
+        for x in samples:
+            # The mean of all would be nearer to a sample, as the sample is one of them.
+            mean_of_others = (x.sum(0) - x) / (len(x) - 1)
+            residuals.append(x - mean_of_others)
+        residuals = torch.cat(residuals)
         scale = whitening(residuals)
         means = torch.stack([x.mean(0) for x in samples]) @ scale
         own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)  # 98 % are nearer
@@ -924,15 +845,6 @@ class Router:
         distances, nearest = torch.cdist(scaled, self.means).min(dim=1)
         pairs = zip(distances, nearest, strict=True)
         return [self.tasks[i] if distance <= self.radius else None for distance, i in pairs]
-
-
-def leave_one_out(x):
-    """Each sample of x (N, f) minus the mean of the other N - 1.
-
-    The mean of all N would be nearer, as the sample is one of them.
-    """
-    mean_of_others = (x.sum(0) - x) / (len(x) - 1)
-    return x - mean_of_others
 
 
 def whitening(residuals):
