@@ -30,7 +30,7 @@ task t. A prompt for the key 3 0 15, in clear and as that of task 1, and the ans
     python train.py --seeds 5    several seeds: mean ± standard deviation
     python train.py --sweep      the ablations: variance, stack and p; and what phi is for
     python train.py --scaling    what building and a merge cost
-    python train.py --quick      a smoke run of all rows on a smaller model
+    python train.py --quick      a smoke run of all rows on a smaller model, which claims nothing
 """
 
 import copy
@@ -78,10 +78,7 @@ class Settings:
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
     # Share; its rate does not fall
-    # Phase 1 takes the main directions of a stack of columns, for beta (for alpha):
-    # "factors"  the paper's: the columns of each B (of each A^T)
-    # "updates"  ours: the columns of U S (of V S), where U S V^T is the SVD of each B A
-    stack: str = "updates"
+    stack: str = "updates"  # ours: bases of the tasks' ΔW; the paper's "factors": of their B and A
     variance: float = 0.95  # that the bases explain
     p: int = 1  # pseudo-rank: columns of a later task's coefficients
     general_p: int = 4  # columns of the one set of coefficients in share_general
@@ -127,9 +124,9 @@ def accuracy(model, batch):
 
 
 def fit(model, batches, lr, last_lr=0.0):
-    """Train all that requires gradients with Adam; the rate goes linearly from lr to last_lr.
+    """Train all that requires gradients with Adam, and return how many numbers these are.
 
-    Returns the last loss, and how many numbers were trained.
+    The rate goes linearly from lr to last_lr.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = list(batches)
@@ -143,24 +140,20 @@ def fit(model, batches, lr, last_lr=0.0):
         loss.backward()
         optimizer.step()
         schedule.step()
-    trained = sum(parameter.numel() for parameter in parameters)
-    return loss.item(), trained
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def pretrain(s):
     """The base model, which deciphers with any key in clear, and prompts to test that."""
     torch.manual_seed(s.seed)
     model = ToyTransformer(2 * LETTERS + s.first + s.later, s.width, length=KEY + MESSAGE)
-    model.to(DEVICE)
     generator = new_generator(s, PRETRAINING)
-
-    def batch_in_clear(size):
+    batches = []
+    for size in [s.base_batch] * s.base_steps + [s.test]:  # the last one is for tests
         keys = torch.randint(LETTERS, (size, KEY), generator=generator)
-        return make_batch(generator, keys)
-
-    batches = [batch_in_clear(s.base_batch) for _ in range(s.base_steps)]
-    clear_test = batch_in_clear(s.test)
-    fit(model, batches, s.base_lr)
+        batches.append(make_batch(generator, keys))
+    *training, clear_test = batches
+    fit(model.to(DEVICE), training, s.base_lr)
     return model, clear_test
 
 
@@ -239,16 +232,16 @@ class Experiment:
             tags = torch.randint(tasks, (self.s.batch,), generator=generator)
             yield make_batch(generator, self.keys[tags], tags)
 
-    def accuracies(self, model, count=None):
-        """The accuracies on the first `count` tasks; None stands for all."""
-        return [accuracy(model, test) for test in self.tests[:count]]
+    def accuracies(self, model):
+        """The accuracies of a model, as it is, on all tasks."""
+        return [accuracy(model, test) for test in self.tests]
 
-    def after_task(self, method, matrix, loss, learned):
+    def after_task(self, method, matrix, learned):
         """Add a row to the matrix, and print a line. learned: accuracies on tasks 0 to t."""
-        not_yet = self.base_accuracies[len(learned) :]  # the base's accuracies on later tasks
+        not_yet = self.base_accuracies[len(learned) :]  # of the base, on later tasks
         matrix.append(learned + not_yet)
-        line = f"{method:16}task {len(learned) - 1:2}  loss {loss:.3f}  accuracy {learned[-1]:.3f}"
-        print(f"{line}  mean of all so far {mean(learned):.3f}", flush=True)
+        line = f"{method:16}task {len(learned) - 1:2}  accuracy {learned[-1]:.3f}"
+        print(f"{line}  mean of tasks so far {mean(learned):.3f}", flush=True)
 
     def new_lora(self, start_name, r):
         """A copy of the base with a new LoRA.
@@ -265,10 +258,10 @@ class Experiment:
         matrix = []
         for t, name in enumerate(self.names[:count]):
             model = self.new_lora(f"{method} {t}", r)
-            loss, trained = fit(model, self.batches(t, self.s.lora_steps), lr)
+            trained = fit(model, self.batches(t, self.s.lora_steps), lr)
             adapters[name] = lora_adapter(model)
             learned.append(accuracy(model, self.tests[t]))
-            self.after_task(method, matrix, loss, learned)
+            self.after_task(method, matrix, learned)
         return adapters, metrics(matrix, trained, stored=len(matrix) * trained)
 
     def lora_sequential(self):
@@ -277,12 +270,13 @@ class Experiment:
         model = self.new_lora("lora_sequential", s.r)
         matrix = []
         for t in range(len(self.names)):
-            loss, trained = fit(model, self.batches(t, s.lora_steps), s.lora_lr)
-            self.after_task("lora_sequential", matrix, loss, self.accuracies(model, t + 1))
+            trained = fit(model, self.batches(t, s.lora_steps), s.lora_lr)
+            learned = self.accuracies(model)[: t + 1]
+            self.after_task("lora_sequential", matrix, learned)
         return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Learn task t: the last loss, and how many numbers were trained.
+        """Learn task t, and return how many numbers were trained.
 
         phi = 0  phase 2: the coefficients are trained, and the bases stay as they are.
         phi > 0  phase 2 trains, too, phi temporary columns C beside each basis:
@@ -314,9 +308,9 @@ class Experiment:
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
         for t in range(len(first_rows), len(self.names)):
-            loss, trained = self.learn_task(share, model, t, self.s.p, phi, grow)
+            trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
-            self.after_task(method, matrix, loss, learned)
+            self.after_task(method, matrix, learned)
         return model, metrics(matrix, trained, num_parameters(share))
 
 
@@ -335,14 +329,10 @@ def metrics(matrix, trained=None, stored=None):
     *earlier, last = matrix
     tasks = range(len(earlier))
     best = [max(row[j] for row in earlier) for j in tasks]
-    return {
-        "accuracy_matrix": matrix,
-        "acc": mean(last),
-        "bwt": mean([last[j] - matrix[j][j] for j in tasks]),
-        "forgetting": mean([best[j] - last[j] for j in tasks]),
-        "trained_per_task": trained,
-        "stored": stored,
-    }
+    row = {"accuracy_matrix": matrix, "acc": mean(last)}
+    row["bwt"] = mean([last[j] - matrix[j][j] for j in tasks])
+    row["forgetting"] = mean([best[j] - last[j] for j in tasks])
+    return row | {"trained_per_task": trained, "stored": stored}
 
 
 def row_of_accuracies(accuracies, stored):
@@ -408,9 +398,8 @@ def check(methods):
         if name in methods:  # the latter two with --all
             claim(f"{name}: ACC / lora_per_task's", methods[name]["acc"] / lora["acc"], least=0.98)
             claim(f"{name}: forgetting", methods[name]["forgetting"], most=most)
-    if "random_basis" in methods:
+    if "share_routed" in methods:  # likewise
         claim("random_basis: ACC - share's", methods["random_basis"]["acc"] - share["acc"], most=0)
-    if "share_routed" in methods:
         routed = methods["share_routed"]
         claim("share_routed: ACC - share's", routed["acc"] - share["acc"], least=-0.01)
         claim("share_routed: base accuracy kept", routed["base_kept"], least=0.95)
@@ -421,14 +410,12 @@ def break_even(methods, other, first):
     share = methods["share"]
     share_each = share["trained_per_task"]  # a later task stores what it trains
     lora_each = methods[other]["trained_per_task"]
-    if share_each >= lora_each:
-        return None
     # the bases, and what the first tasks store more than later ones
     fixed = share["stored"] - len(share["accuracy_matrix"]) * share_each
-    tasks = first
-    while fixed + tasks * share_each >= tasks * lora_each:
-        tasks += 1
-    return tasks
+    for tasks in range(first, 10_000):
+        if fixed + tasks * share_each < tasks * lora_each:
+            return tasks
+    return None
 
 
 def spread(values, digits):
@@ -468,18 +455,20 @@ def other_rows(e, built, share, model):
     _, rows["random_basis"] = e.learn_tasks("random_basis", random_bases(built, s.seed), [])
     # one LoRA, trained on all tasks at once
     lora = e.new_lora("lora_joint", s.r)
-    _, trained = fit(lora, e.mixed_batches(s.joint_steps), s.lora_lr)
+    trained = fit(lora, e.mixed_batches(s.joint_steps), s.lora_lr)
     rows["lora_joint"] = row_of_accuracies(e.accuracies(lora), stored=trained)
     # the share if nobody names the task
     rows["share_routed"] = share_routed(e, share, model)
-    # one more task, tried on all prompts: the mean of all tasks' ΔW
+    # two more tasks, each tried on the prompts of all tasks: the mean of all ΔW, and one set of
+    # coefficients that is trained on all tasks at once, as in learn_task, by a loop of share.py
     average(share, e.names, "average")
-    rows["share_average"] = row_of_one_task(e, share, model, "average")
-    # another one: coefficients that are trained on all tasks at once, here by Share's own loop
     mixture = e.mixed_batches(s.joint_steps)
     settings = dict(p=s.general_p, lr=s.lr, seed=s.seed)
     train_coefficients(share, model, "general", mixture, loss_fn, **settings)
-    rows["share_general"] = row_of_one_task(e, share, model, "general")
+    for name in ("average", "general"):
+        share.select(name)
+        stored = num_basis_parameters(share) + num_parameters(share, name)
+        rows[f"share_{name}"] = row_of_accuracies(e.accuracies(model), stored)
     return rows
 
 
@@ -517,21 +506,12 @@ def share_routed(e, share, model):
     return row
 
 
-def row_of_one_task(e, share, model, name):
-    """The row of one of the share's tasks, tried on the prompts of all tasks."""
-    share.select(name)
-    stored = num_basis_parameters(share) + num_parameters(share, name)
-    return row_of_accuracies(e.accuracies(model), stored)
-
-
 # --- Ablations, costs, the picture
 def sweep(s):
     """The ablations: two new tasks, learned in bases of several kinds and in several ways."""
     e = Experiment(s)
     adapters, _ = e.lora_per_task("lora_per_task", s.r, s.lora_lr, s.first)
-    print(
-        "\nfrom   how many tasks made the bases; 0: random bases, of the sizes in the line before"
-    )
+    print("\nfrom   how many tasks made the bases; 0: random ones of the sizes in the line before")
     print("k      directions of a basis, on average")
     print("first  accuracy of the tasks that made the bases, at rank r")
     print("new    accuracy of two more tasks, learned at p")
@@ -560,7 +540,7 @@ def ablation(e, built, p, phi=0, grow=None):
         of_first = mean(e.selected_accuracies(share, model, range(len(share.tasks))))
     new_tasks = range(e.s.first, e.s.first + 2)
     for t in new_tasks:
-        _, trained = e.learn_task(share, model, t, p, phi, grow)
+        trained = e.learn_task(share, model, t, p, phi, grow)
     of_new = mean(e.selected_accuracies(share, model, new_tasks))
     line = f"{len(built.tasks):4} {share.variance:9}  {share.stacking:7} {k:5.1f} {p:2} {phi:4}"
     line += f" {str(grow):>6} {of_first:7.3f} {of_new:6.3f}"
@@ -568,13 +548,7 @@ def ablation(e, built, p, phi=0, grow=None):
 
 
 def scaling(seed, counts, n=1024, r=8):
-    """Costs by the number of tasks.
-
-    build      seconds of phase 1
-    merge      milliseconds to load a share and merge one adapter by the paper's phase 3
-    published  the same by the paper's steps: rebuild all adapters, stack, SVD, project
-    stored     numbers of the share at p = 1; apart: those of the adapters
-    """
+    """The costs of building and merging, by the number of tasks."""
     torch.manual_seed(seed)
     spans = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in range(2)]
 
@@ -583,8 +557,12 @@ def scaling(seed, counts, n=1024, r=8):
         B, A_T = [span @ torch.randn(32, r) + 0.02 * torch.randn(n, r) for span in spans]
         return Adapter({"0": (B, A_T.T)})
 
-    print(f"one layer of {n} × {n}, adapters of rank {r}; stored: with p = 1; apart: the adapters")
-    print("tasks   build s  load+merge ms  published ms   ratio   stored       apart")
+    print(f"one layer of {n} × {n}, adapters of rank {r}")
+    print("build      seconds of phase 1")
+    print("merge      milliseconds to load a share and merge one adapter by the paper's phase 3")
+    print("published  the same by the paper's steps: rebuild all adapters, stack, SVD, project")
+    print("stored     numbers of the share at p = 1; apart: those of the adapters")
+    print("tasks   build   merge  published   ratio   stored       apart")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "share.safetensors"
         for tasks in counts:
@@ -594,9 +572,7 @@ def scaling(seed, counts, n=1024, r=8):
             merge = 1000 * seconds(load_and_merge, path, new_adapter())
             published = 1000 * seconds(load_and_merge_as_published, path, new_adapter())
             stored = num_parameters(Share.from_adapters(adapters, p=1))
-            line = (
-                f"{tasks:5} {build:9.2f} {merge:14.1f} {published:13.1f} {published / merge:7.1f}"
-            )
+            line = f"{tasks:5} {build:7.2f} {merge:7.1f} {published:10.1f} {published / merge:7.1f}"
             print(f"{line} {stored:8,} {2 * tasks * n * r:11,}", flush=True)
 
 
@@ -617,15 +593,20 @@ def load_and_merge_as_published(path, adapter):
     pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
     B_stack = torch.cat([B for B, _ in pairs], dim=1)  # (n, columns of all tasks)
     A_stack = torch.cat([A.T for _, A in pairs], dim=1)
+    coefficients = []
     for stack, old_basis in zip((B_stack, A_stack), share.bases["0"], strict=True):
         centred = stack - stack.mean(1, keepdim=True)
         U, _, _ = torch.linalg.svd(centred, full_matrices=False)
-        basis = U[:, : old_basis.shape[1]]  # a basis of the same size takes as long as by variance
-        basis.T @ stack  # the coefficients
+        basis = U[:, : old_basis.shape[1]]  # of as many directions as before
+        coefficients.append(basis.T @ stack)
+    return coefficients
 
 
 def svg(methods, seed):
-    """The accuracy matrices of lora_sequential and share side by side, as heat maps."""
+    """The accuracy matrices of lora_sequential and share side by side, as heat maps.
+
+    Each is 240 wide, and has 60 above and on its left for words.
+    """
     style = "text { font: 14px sans-serif; fill: #1f2328 } rect { fill: #2f7fd8; stroke: #8888 } "
     style += "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } rect { fill: #58a6ff } }"
     lines = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 340">']
@@ -633,9 +614,9 @@ def svg(methods, seed):
     for left, title, method in ((60, "One LoRA", "lora_sequential"), (380, "Share", "share")):
         row = methods[method]
         matrix = row["accuracy_matrix"]
-        cell = 240 // len(matrix)
+        cell = 240 // len(matrix)  # the more opaque, the more accurate
         scores = f"ACC {row['acc']:.2f}, forgetting {spread([row['forgetting']], 2)}"
-        lines.append(f'<g transform="translate({left} 60)">')  # where the matrix begins
+        lines.append(f'<g transform="translate({left} 60)">')
         lines.append(f'<text y="-32">{title}, seed {seed}</text>')
         lines.append(f'<text y="-12">{scores}</text>')
         lines.append('<text y="262">accuracy on task 0, 1, … →</text>')
@@ -644,7 +625,7 @@ def svg(methods, seed):
         for i, accuracies in enumerate(matrix):
             for j, part in enumerate(accuracies):
                 place = f'x="{cell * j}" y="{cell * i}" width="{cell}" height="{cell}"'
-                lines.append(f'<rect {place} fill-opacity="{part:.2f}"/>')  # 0 is the page's colour
+                lines.append(f'<rect {place} fill-opacity="{part:.2f}"/>')
         lines.append("</g>")
     lines.append("</svg>\n")
     return "\n".join(lines)
@@ -818,12 +799,12 @@ class Router:
                 size = tuple(x.shape)
                 raise ValueError(f"task {task!r}: features {size} are not finite, (N >= 2, f)")
         samples = [x.double() for x in features.values()]
-        residuals = []
+        from_others = []
         for x in samples:
             # The mean of all would be nearer to a sample, as the sample is one of them.
             mean_of_others = (x.sum(0) - x) / (len(x) - 1)
-            residuals.append(x - mean_of_others)
-        residuals = torch.cat(residuals)
+            from_others.append(x - mean_of_others)
+        residuals = torch.cat(from_others)
         scale = whitening(residuals)
         means = torch.stack([x.mean(0) for x in samples]) @ scale
         own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)  # 98 % are nearer
@@ -908,9 +889,7 @@ def main(argv=None):
     print_table(runs, s.first)
     for run in runs:
         print(f"\nSeed {run['seed']} took {run['seconds']:.0f} s.")
-        if args.quick:
-            print("A smoke run, too short to learn the tasks: it claims nothing.")
-        else:
+        if not args.quick:  # a smoke run is too short to learn the tasks
             check(run["methods"])
 
 
