@@ -238,7 +238,7 @@ class Experiment:
 
     def after_task(self, method, matrix, learned):
         """Add a row to the matrix, and print a line. learned: accuracies on tasks 0 to t."""
-        not_yet = self.base_accuracies[len(learned) :]  # of the base, on later tasks
+        not_yet = self.base_accuracies[len(learned) :]  # later tasks have only the base
         matrix.append(learned + not_yet)
         line = f"{method:16}task {len(learned) - 1:2}  accuracy {learned[-1]:.3f}"
         print(f"{line}  mean of tasks so far {mean(learned):.3f}", flush=True)
@@ -271,8 +271,7 @@ class Experiment:
         matrix = []
         for t in range(len(self.names)):
             trained = fit(model, self.batches(t, s.lora_steps), s.lora_lr)
-            learned = self.accuracies(model)[: t + 1]
-            self.after_task("lora_sequential", matrix, learned)
+            self.after_task("lora_sequential", matrix, self.accuracies(model)[: t + 1])
         return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
@@ -412,7 +411,7 @@ def break_even(methods, other, first):
     lora_each = methods[other]["trained_per_task"]
     # the bases, and what the first tasks store more than later ones
     fixed = share["stored"] - len(share["accuracy_matrix"]) * share_each
-    for tasks in range(first, 10_000):
+    for tasks in range(first, 10_000):  # more would not matter
         if fixed + tasks * share_each < tasks * lora_each:
             return tasks
     return None
@@ -459,13 +458,13 @@ def other_rows(e, built, share, model):
     rows["lora_joint"] = row_of_accuracies(e.accuracies(lora), stored=trained)
     # the share if nobody names the task
     rows["share_routed"] = share_routed(e, share, model)
-    # two more tasks, each tried on the prompts of all tasks: the mean of all ΔW, and one set of
-    # coefficients that is trained on all tasks at once, as in learn_task, by a loop of share.py
+    # the mean of all tasks' ΔW, as one more task
     average(share, e.names, "average")
+    # one set of coefficients for all tasks: phase 2 on all of them at once, by share.py's own loop
     mixture = e.mixed_batches(s.joint_steps)
     settings = dict(p=s.general_p, lr=s.lr, seed=s.seed)
     train_coefficients(share, model, "general", mixture, loss_fn, **settings)
-    for name in ("average", "general"):
+    for name in ("average", "general"):  # the two are tried on the prompts of all tasks
         share.select(name)
         stored = num_basis_parameters(share) + num_parameters(share, name)
         rows[f"share_{name}"] = row_of_accuracies(e.accuracies(model), stored)
@@ -552,8 +551,7 @@ def scaling(seed, counts, n=1024, r=8):
     torch.manual_seed(seed)
     spans = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in range(2)]
 
-    def new_adapter():
-        """Its r columns on each side are in the 32 directions that all tasks share, plus noise."""
+    def new_adapter():  # r columns a side, in the 32 directions that all tasks share, and noise
         B, A_T = [span @ torch.randn(32, r) + 0.02 * torch.randn(n, r) for span in spans]
         return Adapter({"0": (B, A_T.T)})
 
@@ -614,7 +612,7 @@ def svg(methods, seed):
     for left, title, method in ((60, "One LoRA", "lora_sequential"), (380, "Share", "share")):
         row = methods[method]
         matrix = row["accuracy_matrix"]
-        cell = 240 // len(matrix)  # the more opaque, the more accurate
+        cell = 240 // len(matrix)
         scores = f"ACC {row['acc']:.2f}, forgetting {spread([row['forgetting']], 2)}"
         lines.append(f'<g transform="translate({left} 60)">')
         lines.append(f'<text y="-32">{title}, seed {seed}</text>')
@@ -625,7 +623,7 @@ def svg(methods, seed):
         for i, accuracies in enumerate(matrix):
             for j, part in enumerate(accuracies):
                 place = f'x="{cell * j}" y="{cell * i}" width="{cell}" height="{cell}"'
-                lines.append(f'<rect {place} fill-opacity="{part:.2f}"/>')
+                lines.append(f'<rect {place} fill-opacity="{part:.2f}"/>')  # 0 shows the page
         lines.append("</g>")
     lines.append("</svg>\n")
     return "\n".join(lines)
@@ -889,7 +887,7 @@ def main(argv=None):
     print_table(runs, s.first)
     for run in runs:
         print(f"\nSeed {run['seed']} took {run['seconds']:.0f} s.")
-        if not args.quick:  # a smoke run is too short to learn the tasks
+        if not args.quick:  # a smoke run is too short for the claims
             check(run["methods"])
 
 
