@@ -237,17 +237,14 @@ class Experiment:
         return [accuracy(model, test) for test in self.tests]
 
     def after_task(self, method, matrix, learned):
-        """Add a row to the matrix, and print a line. learned: accuracies on tasks 0 to t."""
+        """Add a row to the matrix, and print a line. learned: accuracies on the tasks so far."""
         not_yet = self.base_accuracies[len(learned) :]  # later tasks have only the base
         matrix.append(learned + not_yet)
         line = f"{method:16}task {len(learned) - 1:2}  accuracy {learned[-1]:.3f}"
         print(f"{line}  mean of tasks so far {mean(learned):.3f}", flush=True)
 
     def new_lora(self, start_name, r):
-        """A copy of the base with a new LoRA.
-
-        The name is part of the seed, so that the start does not depend on which rows ran before.
-        """
+        """A copy of the base with a new LoRA, which starts alike whichever rows ran before."""
         torch.manual_seed(self.s.seed + zlib.crc32(start_name.encode()))  # hash() varies by run
         return attach_lora(copy.deepcopy(self.base), TARGETS, r)
 
