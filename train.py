@@ -509,7 +509,7 @@ def sweep(s):
     adapters, _ = e.lora_per_task("lora_per_task", s.r, s.lora_lr, s.first)
     print("\nfrom   how many tasks made the bases; 0: random ones of the sizes in the line before")
     print("k      directions of a basis, on average")
-    print("first  accuracy of the tasks that made the bases, at rank r")
+    print("first  accuracy of the tasks that made the bases, at rank r; nan: of none")
     print("new    accuracy of two more tasks, learned at p")
     print("grow   how phi columns are merged: by ours (True) or by the paper's phase 3 (False)")
     print("from  variance  stack       k  p  phi   grow   first    new  trained   stored")
@@ -630,9 +630,9 @@ def svg(methods, seed):
 # Options of LoraConfig (PEFT 0.21) with which a layer is not W0 x + scaling B A x:
 PEFT_VARIANTS = ["use_dora", "lora_bias", "use_qalora", "use_bdlora"]  # another forward pass
 PEFT_VARIANTS += ["arrow_config", "kasa_config", "monteclora_config"]  # another forward pass
-PEFT_VARIANTS += ["target_parameters", "trainable_token_indices"]  # not of an nn.Linear
-PEFT_VARIANTS += ["alora_invocation_tokens"]  # for some tokens only
-PEFT_VARIANTS += ["layer_replication"]  # in a model with more layers
+PEFT_VARIANTS += ["target_parameters", "trainable_token_indices"]  # weights of no nn.Linear
+PEFT_VARIANTS += ["alora_invocation_tokens"]  # it adapts some tokens only
+PEFT_VARIANTS += ["layer_replication"]  # it adds layers to the model
 # Values of init_lora_weights that leave W0 as it is; pissa, for one, changes it:
 PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Options that `save_peft` leaves out:
@@ -902,7 +902,7 @@ def parse_args(argv):
             parser.error(f"{path}: there is no folder {path.parent}")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: it takes 1 or more")
-    for_the_table = bool(args.all or args.seeds > 1 or args.json or args.svg)
+    for_the_table = args.all or args.seeds > 1 or args.json or args.svg
     if (for_the_table and (args.sweep or args.scaling)) or (args.sweep and args.scaling):
         parser.error("--sweep and --scaling go with --seed and --quick alone")
     return args
