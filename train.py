@@ -671,7 +671,7 @@ def load_peft(directory):
     factors = {}
     for layer, pair in pairs.items():
         A, B = pair.get("A"), pair.get("B")
-        if A is None or B is None or A.dim() != 2 or B.shape[1:] != A.shape[:1]:
+        if A is None or B is None or A.dim() != 2 or len(A) == 0 or B.shape[1:] != A.shape[:1]:
             raise ValueError(f"{directory}, layer {layer!r} has no A (r, d) with a B (n, r)")
         dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
         scaling = peft_scaling(config, layer, len(A), directory)
