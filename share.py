@@ -25,11 +25,10 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     print(share.retained())  # the part of each task's ΔW that is left: with variance=1.0 all of it
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
-Part 1 is the paper, phase by phase. Part 2 is all else. "Ours" marks what the paper lacks. Most of
-ours is optional. Three departures from the paper are on by default:
+Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. By default that is:
 - Phase 1 subtracts the mean column, as in the paper, but coefficients are those of the factors as
   they are. So the mean's direction is added to the basis (with_mean).
-- A merge by variance makes no basis smaller: else each would keep 0.6 of 0.6 of … (least).
+- A merge by variance makes no basis smaller. Else each would keep 0.6 of what the last one kept.
 - `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
 """
 
@@ -80,10 +79,10 @@ class ShareLinear(nn.Linear):
         task = self.share.selected
         if isinstance(task, tuple):  # ours: a task for each sample
             return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
-        pair = task_factors(self.share, self.layer, task)
-        if pair is None:  # no task, or one that leaves this layer alone
+        factors = self.share.factors(self.layer, task)  # B = beta eps_beta, A = (alpha eps_alpha)^T
+        if factors is None:  # no task, or one that leaves this layer alone
             return h
-        B, A = pair  # beta eps_beta and (alpha eps_alpha)^T, formed once per call
+        B, A = factors
         return (h + F.linear(F.linear(input.to(A.dtype), A), B)).to(h.dtype)  # h + B (A x)
 
 
@@ -91,25 +90,11 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    with torch.autocast(beta.device.type, enabled=False):  # B and A are not rounded to bfloat16
+    # Under autocast these products would be in bfloat16. The ones with x, in forward, may be.
+    with torch.autocast(beta.device.type, enabled=False):
         B = beta @ eps_beta
         A = (alpha @ eps_alpha).T
     return B, A
-
-
-def task_factors(share, layer, task):
-    """LoRA's (B (n, p), A (p, d)) of a task in a layer; None for no task, or no ΔW there."""
-    if task is None:
-        return None
-    if task == share.learning:  # in phase 2: of the parameters that are being trained
-        if layer not in share.trained:
-            return None
-        return learned_factors(share.bases[layer], share.trained[layer])
-    share._check_task(task)
-    bases, coefficients, _ = share.held  # share.bases and share.coefficients, in one read
-    if task not in coefficients[layer]:
-        return None
-    return lora_factors(bases[layer], coefficients[layer][task])
 
 
 # --- Phase 1: bases from adapters
@@ -125,8 +110,8 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     bases = {}
     coefficients = {}
     for layer, pairs in share._pairs_by_layer(adapters).items():  # pairs: {task: (B, A^T)}
-        bases[layer], uncut = build_layer(pairs, variance, k, stack)
-        coefficients[layer] = {task: best_rank(eps, p) for task, eps in uncut.items()}
+        bases[layer], by_task = build_layer(pairs, variance, k, stack)
+        coefficients[layer] = {task: best_rank(eps, p) for task, eps in by_task.items()}
     share._store(adapters, bases, coefficients)
     return share
 
@@ -135,7 +120,8 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    stacking: "factors" or "updates". variance, k: see `build_basis`, as least, a pair by side.
+    stacking: "factors" or "updates". variance, k: see `build_basis`. least: likewise, but of two
+    numbers, for beta and for alpha.
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
     if stacking == "factors":
@@ -156,31 +142,34 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
 def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    variance, the paper's: subtract the mean column, and take the fewest directions that explain
-    this part of the rest. Ours: then add the mean's direction, see `with_mean`.
-    centre=False, ours: by variance, but of the columns as they are, see `update_stacks`.
-    k, ours: the first k directions of the columns as they are, or all, if there are fewer.
-    least, ours: where variance asks for fewer directions than that, as with k=least.
+    variance: take the fewest directions that explain this part, see `by_variance`, as for centre.
+    k, ours: take this many directions of the columns as they are, or all, if there are fewer.
+    least, ours: as with a k, where variance gives fewer than that.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_stack(stack, variance, k)
     X = stack.double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    if k is not None:  # ours
+    if k is None:
+        basis = by_variance(X, rounding, variance, centre)
+        if basis.shape[1] < least:
+            k = least
+    if k is not None:
         basis = main_directions(X, rounding, k=k)
-    elif centre:  # the paper's
-        # 1. Subtract the mean column.
-        mean = X.mean(dim=1, keepdim=True)
-        # 2. Take the main directions of the rest.
-        basis = main_directions(X - mean, rounding, variance)
-        # 3. Ours: add the mean's direction.
-        basis = with_mean(basis, mean, X)
-    else:  # ours
-        basis = main_directions(X, rounding, variance)
-    if k is None and basis.shape[1] < least:  # ours
-        basis = main_directions(X, rounding, k=least)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
+
+
+def by_variance(X, rounding, variance, centre):
+    """The paper's basis of columns X. Ours: the mean is added, or (centre=False) not subtracted."""
+    if not centre:  # ours
+        return main_directions(X, rounding, variance)
+    # 1. Subtract the mean column.
+    mean = X.mean(dim=1, keepdim=True)
+    # 2. Take the main directions of the rest.
+    basis = main_directions(X - mean, rounding, variance)
+    # 3. Ours: add the mean's direction.
+    return with_mean(basis, mean, X)
 
 
 def main_directions(X, rounding, variance=None, k=None):
@@ -188,13 +177,16 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    U, S = left_svd(X, rounding)  # if X is 0, U has no columns, and so has the result
+    if X.shape[0] < X.shape[1]:  # for speed: X = R^T Q^T has the U and S of the square R^T
+        X = torch.linalg.qr(X.T, mode="r").R.T
+    U, S, _ = torch.linalg.svd(X, full_matrices=False)
     if k is None:
         explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
         # If they explain 0.5, 0.8, 1.0, and variance is 0.6, one is too few, and k = 2.
         too_few = explained < variance - 1e-12  # a sum of 0.5999999999999999 is meant to be 0.6
         k = int(too_few.sum()) + 1
-    return torch.linalg.qr(U[:, :k]).Q  # QR, as left_svd's U is orthonormal only roughly
+    rank = int(S.gt(rounding).sum())
+    return U[:, : min(k, rank)]
 
 
 def project(bases, pair):
@@ -239,13 +231,13 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     grow: how, with phi > 0, the task is merged afterwards. False: by the paper's phase 3, which may
     lose much of it, see `retained`. True (ours): each basis gets directions, at most min(p, phi),
     and nothing is lost.
-    finetune (ours): train an existing task on, from where it is, at its p, with phi = 0.
+    finetune (ours): train a task that exists on. Its p stays, and phi has to be 0.
     """
     # 1. Start: random coefficients and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
-    # 2. The caller's loop trains the copy: in the block it is share.trained, of which task_factors
-    #    makes B and A for ShareLinear.forward. All else is frozen.
+    # 2. The caller's loop trains the copy: in the block it is share.trained, of which share.factors
+    #    makes B and A for ShareLinear.forward, by learned_factors. All else is frozen.
     with share._training(model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Keep the layers that have moved. One that the loss never reached is at its random start.
@@ -253,7 +245,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     if phi == 0:
         share._keep(task, ends)
         return
-    # 4. B and A of temporary columns do not fit the bases. Merge them as those of a new adapter.
+    # 4. The temporary columns are in no basis. So merge B and A, made of them, as a new adapter.
     factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
     if grow:  # ours
         share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
@@ -312,10 +304,10 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     coefficients = {}
     for layer, new in share._pairs_by_layer(adapters).items():
         if layer not in share.bases:  # a new layer: phase 1
-            merged = build_layer(new, variance, k, share.stacking)
+            merged = build_layer(new, **rule)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # the paper's: merge_layer, below, computed with shorter columns
+        else:  # the paper's: merge_layer, below, which merge_short calls with shorter columns
             merged = merge_short(share.bases[layer], share.coefficients[layer], new, **rule)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
@@ -333,29 +325,33 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: by variance no basis gets smaller. Without this, each merge would keep
-    #    60 % of what the one before had kept: 0.6, 0.36, 0.22, …
+    # 3. Phase 1 again. Ours: where variance asks for fewer directions, a basis keeps its size, and
+    #    is then of the columns as they are (least). Else each merge would keep 60 % of what the one
+    #    before had kept: 0.6, 0.36, 0.22, …
     return build_layer(pairs, variance, k, stacking, least=(beta.shape[1], alpha.shape[1]))
 
 
 # --- Part 2, everything else. Behind merge
 def merge_short(bases, old, new, **rule):
-    """merge_layer(bases, old, new, **rule), the same up to signs, with shorter columns.
+    """merge_layer(bases, old, new, **rule), the same up to signs, fast for many old tasks.
 
-    All columns x of a merge lie in the span of the old basis and the new factors. If these have 32
-    and 8 columns, the span has q = 40 dimensions, whatever n is. With an orthonormal basis Q (n, q)
-    of it, x = Q y, where y has q numbers. So a stack is X = Q Y. If Y = U S V^T, X = (Q U) S V^T:
-    a direction u of the y is the direction Q u of the x. mean(x) = Q mean(y), too. And the
-    coefficients are the same: (Q u)^T x = u^T y.
+    500 tasks of rank 8 make a stack X of 4,008 columns. But all are sums of the old basis' columns
+    and the new ones, say 32 and 8. Let Q (n, 40) have orthonormal columns with the same span. Then
+    X = Q Y, where a column y of Y has 40 numbers in place of n. The same merge of the y gives
+
+        Y = U S V^T  =>  X = (Q U) S V^T,  mean(x) = Q mean(y),  (Q U)^T x = U^T y
+
+    so the bases are Q times those of the y, and the coefficients are the same.
     """
     # 1. Find Q for each side.
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
     # 2. Take y = Q^T x of the bases and of the new factors. The old coefficients stay.
-    Q = Q_beta, Q_alpha
-    short_bases = project(Q, bases)
-    short_new = {task: project(Q, pair) for task, pair in new.items()}
+    short_bases = matmul64(Q_beta.T, beta), matmul64(Q_alpha.T, alpha)
+    short_new = {}
+    for task, (B, A_T) in new.items():
+        short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
     # 3. Merge the y.
     (short_beta, short_alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
     # 4. Go back: x = Q y.
@@ -372,8 +368,7 @@ def orthonormal(matrices):
 class Share:
     """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
 
-    # Functions of Part 1 as methods. Their first argument, share, is self.
-    factors = task_factors
+    # Functions of Part 1 as methods: share.learn(…) is learn(share, …).
     from_adapters = classmethod(from_adapters)
     learn = learn
     merge = merge
@@ -435,7 +430,8 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            vars(linear).pop("forward", None)  # see check_linear
+            # a forward that accelerate left in it, see check_linear, would hide ShareLinear's
+            vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
             # so that nn.TransformerEncoderLayer calls it, see the hook
@@ -448,7 +444,7 @@ class Share:
 
         task: a name, None, or a sequence of these, one for each sample (x's first dimension).
         """
-        if isinstance(task, str) or not hasattr(task, "__iter__"):
+        if isinstance(task, str) or not hasattr(task, "__iter__"):  # a name or None
             selected = task
             names = (task,)
         else:
@@ -461,6 +457,20 @@ class Share:
             if name is not None and name != self.learning:
                 self._check_task(name)
         self.selected = selected
+
+    def factors(self, layer, task):
+        """LoRA's (B (n, p), A (p, d)) of a task in a layer; None for no task, or no ΔW there."""
+        if task is None:
+            return None
+        if task == self.learning:  # in a block of learn: of the parameters that are being trained
+            if layer not in self.trained:
+                return None
+            return learned_factors(self.bases[layer], self.trained[layer])
+        self._check_task(task)
+        bases, coefficients, _ = self.held
+        if task not in coefficients[layer]:
+            return None
+        return lora_factors(bases[layer], coefficients[layer][task])
 
     def reconstruct(self, task):
         """The Adapter that the share holds for a task, a copy, with its extras and config."""
@@ -490,7 +500,7 @@ class Share:
             raise ValueError("no layer of the model is attached, or each carries another share")
         for layer, linear in attached.items():
             check_linear(layer, linear, ShareLinear, self.bases[layer])
-            # A quantized weight is no Parameter of floats, or it is of a subclass.
+            # ΔW cannot be added to a quantized weight: integers, or a subclass of Parameter.
             plain = type(linear.weight) is nn.Parameter and linear.weight.is_floating_point()
             if layer in adapter.factors and not plain:
                 raise ValueError(f"layer {layer!r}: its weight is no plain Parameter of floats")
@@ -537,7 +547,8 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
-        # The paper asks for phi < k. Here k differs by layer and side: the largest is the limit.
+        # The paper asks for phi < k. Here k differs by layer and side: phi is refused where it is
+        # not below any of them.
         max_k = max([basis.shape[1] for bases in self.bases.values() for basis in bases], default=0)
         if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
             raise ValueError(f"phi is {phi!r}; it takes 0 or integers below the largest k, {max_k}")
@@ -561,8 +572,8 @@ class Share:
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]
-                # One by one, as it would sort a dict. So the order is that of start_layer, and the
-                # state of an optimizer that learned the task fits.
+                # Not ParameterDict({…}), which sorts by name: an optimizer's saved state goes by
+                # order, and start_layer has beta first.
                 parameters = nn.ParameterDict()
                 parameters["eps_beta"] = eps_beta
                 parameters["eps_alpha"] = eps_alpha
@@ -587,7 +598,7 @@ class Share:
                     follow_weight(linear)  # so that bases and parameters are where the weight is
                     parameters.to(self.bases[layer][0].device)
                     linear.learned = parameters  # so that model.parameters() has them
-                # 3. From now on forward gets B and A of these parameters, by task_factors.
+                # 3. From now on forward gets B and A of these parameters, by Share.factors.
                 self.trained = trained
                 self.learning = task
                 self.selected = task
@@ -602,8 +613,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
-        # The record takes ‖ΔW‖² of all layers, also of those that have not moved, and extras and
-        # config. A task that is fine-tuned has these, a new one has none.
+        # For the record the whole task, as it is now: one that is fine-tuned has extras, a config,
+        # and layers that have not moved.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -615,7 +626,7 @@ class Share:
 
     # --- The share's file
     def save(self, path):
-        """Write one .safetensors file, whole or not at all. It has no selection, and no open block.
+        """Write one .safetensors file, whole or not at all. What is selected is not saved.
 
         i.basis.0, i.basis.1   beta and alpha of layer i
         i.eps.0, i.eps.1       in layer i the coefficients of all tasks, side by side
@@ -704,10 +715,10 @@ class Share:
 
     @torch.inference_mode(False)  # a tensor that is made in inference mode could never be trained
     def _store(self, adapters, new_bases, new_coefficients):
-        """Take in copies of new bases and coefficients, and a record of each of the adapters.
+        """Take in copies of new bases and coefficients, {layer: {task: eps}}.
 
-        A merge has coefficients of all tasks, but adapters of the new ones: earlier tasks keep
-        their records, with the ‖ΔW‖² that they had at first.
+        adapters: the tasks that are new, or newly trained; each gets a record. Others, whose
+        coefficients a merge has changed, keep their records, with the ‖ΔW‖² that they had at first.
         """
         self._check_idle()
         bases = dict(self.bases)
@@ -769,24 +780,6 @@ def squared_norm(adapter):
     return total
 
 
-def left_svd(X, rounding):
-    """U (n, r) and S (r) of the SVD X = U S V^T, the largest S first, without those up to rounding.
-
-    The plain way is torch.linalg.svd. This one is faster, most for a wide X: it takes the
-    eigenvalues S² of X X^T, or of X^T X, if that is smaller. They are wrong by 1e-16 of the
-    largest, so an S below 1e-8 of the largest is noise. All callers cut at 1e-6 of it or above.
-    """
-    wide = X.shape[0] <= X.shape[1]
-    gram = X @ X.T if wide else X.T @ X  # U S² U^T, or V S² V^T
-    squares, vectors = torch.linalg.eigh(gram)  # the smallest first
-    kept = squares > rounding**2
-    S = squares[kept].sqrt().flip(0)
-    vectors = vectors[:, kept].flip(1)
-    if wide:
-        return vectors, S
-    return X @ (vectors / S), S  # U = X V / S, orthonormal only roughly where S is small
-
-
 def best_rank(eps, p):
     """Coefficients with at most p columns, with the least change of ΔW.
 
@@ -798,8 +791,8 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     if 0 in (len(eps_beta), len(eps_alpha)):
-        # A basis is empty, so ΔW is 0, and any columns do. There have to be some: in a saved file
-        # none means that the task lacks the layer.
+        # A basis is empty, so ΔW is 0, and any columns do. With none, `save` would take the task
+        # for one that lacks the layer.
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
@@ -822,14 +815,15 @@ def with_mean(basis, mean, X):
 
 
 def update_columns(B, A_T):
-    """Ours: C (n, r) with C C^T = ΔW ΔW^T, and D (d, r) with D D^T = ΔW^T ΔW, for ΔW = B A.
+    """Ours: C (n, r) and D (d, r), which depend on ΔW = B A, and not on how it is split.
 
-    So C has the left singular vectors of ΔW, D the right ones, and both its singular values. B and
-    A^T have others: 2 B and A / 2 have the same ΔW. With a QR decomposition A^T = Q R
+    For any invertible G, B G and G^-1 A have the same ΔW, but other main directions. With the QR
+    decompositions A^T = Q_A R_A and B = Q_B R_B
 
-        ΔW ΔW^T = B A A^T B^T = B R^T Q^T Q R B^T = (B R^T) (B R^T)^T,  so  C = B R^T
+        ΔW ΔW^T = B A A^T B^T = B R_A^T R_A B^T = C C^T  for  C = B R_A^T
+        ΔW^T ΔW = A^T B^T B A = A^T R_B^T R_B A = D D^T  for  D = A^T R_B^T
 
-    D is likewise A^T R^T, with the R of B.
+    So C has the left singular vectors of ΔW, D the right ones, and both its singular values.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
@@ -839,7 +833,7 @@ def update_columns(B, A_T):
 def update_stacks(pairs):
     """Ours, for "updates": the tasks' C side by side, and their D, each of norm 1.
 
-    No mean is subtracted, as it is arbitrary: for any rotation O, C O would do as well as C.
+    No mean is subtracted: C O, for any rotation O, would do as well as C, and has another mean.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
     return side_by_side([C for C, _ in updates]), side_by_side([D for _, D in updates])
@@ -869,8 +863,8 @@ def grow_layer(bases, old, new, variance, k, stacking):
         if stacking == "factors":  # grow by directions of B and A^T
             C, D = B, A_T
         else:
-            # "updates": grow by directions of ΔW and ΔW^T. They may leave out a part of B, but only
-            # one that B A does not use; `project` drops it, and ΔW stays the same.
+            # "updates": C spans the columns of B A. If A lacks rank, B may span more. `project`
+            # drops the rest of B, which B A does not use, so that ΔW stays the same.
             C, D = update_columns(B, A_T)
         beta = grow_basis(beta, C, variance, k)
         alpha = grow_basis(alpha, D, variance, k)
@@ -884,7 +878,7 @@ def grow_layer(bases, old, new, variance, k, stacking):
 
 def with_rows(eps, basis):
     """Coefficients, and below them a row of zeros for each direction that the basis has gained."""
-    return F.pad(eps, (0, 0, 0, basis.shape[1] - len(eps)))
+    return torch.cat([eps, eps.new_zeros(basis.shape[1] - len(eps), eps.shape[1])])
 
 
 def grow_basis(basis, columns, variance, k):
@@ -894,12 +888,14 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # (b^T b)^-1 is 1 only to 1e-7 for a float32 basis. `project` can leave it out; but here what is
-    # left may be as small as that.
+    # b is orthonormal only to 1e-7, if it is of float32. X - b b^T X would have errors of 1e-7 ‖X‖
+    # inside of b; so a direction of 1e-6 ‖X‖ outside would lean into b by a tenth. Hence solve.
     outside = X - b @ torch.linalg.solve(b.T @ b, b.T @ X)
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
-    room = None if k is None else max(0, k - basis.shape[1])
-    added = main_directions(outside, rounding, variance, room)
+    if k is None:
+        added = main_directions(outside, rounding, variance)
+    else:
+        added = main_directions(outside, rounding, k=max(0, k - basis.shape[1]))
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
 
@@ -947,7 +943,7 @@ def whole(parameter):
     """A parameter's numbers, which fully_shard, called in the block, may have split."""
     value = parameter.detach()
     if hasattr(value, "full_tensor"):
-        value = value.full_tensor()  # every process has to come here
+        value = value.full_tensor()  # a collective call: every process has to make it
     return value
 
 
@@ -956,7 +952,7 @@ def frozen(model):
     """For a block no parameter of a model can train.
 
     Afterwards requires_grad is as before, and so are the buffers in state_dict(), such as
-    BatchNorm's statistics. Other buffers are caches, and stay. Gradients are dropped.
+    BatchNorm's statistics. Others are caches, such as a rotary embedding's. Gradients are dropped.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -971,8 +967,8 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
-                # A buffer that was made in inference mode can be written only there; an expanded
-                # one never, so that the block cannot have changed it either.
+                # A buffer that was made in inference mode can be written only in it. An error is
+                # that of an expanded buffer: nobody can write to it, so it has not changed.
                 with torch.inference_mode(), contextlib.suppress(RuntimeError):
                     buffer.copy_(buffers[name])
 
@@ -997,7 +993,7 @@ def follow_weight(linear):
         move_layer(linear.share, linear.layer, device)
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # see Share._store
 def move_layer(share, layer, device):
     """Move a layer's bases and coefficients to a device."""
     bases, coefficients, records = share.held
@@ -1040,7 +1036,7 @@ def check_adapter(task, adapter, shapes):
         n, d = shapes.get(layer, (len(B), A.shape[1]))
         if len(B) != n or A.shape[1] != d:
             raise ValueError(f"{where}; the layer takes ({n}, r) and (r, {d})")
-        for factor in (B, A):  # isfinite knows no float8; on the CPU, as MPS has no float64
+        for factor in (B, A):  # double, as isfinite knows no float8; cpu, as MPS has no float64
             if not factor.is_floating_point() or not factor.cpu().double().isfinite().all():
                 raise ValueError(f"{where}; one is not of floats, or holds NaN or infinity")
 
@@ -1049,7 +1045,8 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # accelerate puts another forward into the layer, and when it is removed that of the class.
+    # While accelerate offloads a layer, the layer has a forward of its own, which is refused. When
+    # the hook is removed, it keeps an attribute that is the forward of its class: harmless.
     is_own = getattr(linear.forward, "__func__", None) is cls.forward
     if isinstance(linear, nn.Linear) and weight is None:
         reason = "its weight is computed, as by pruning; make it permanent first"
@@ -1115,8 +1112,9 @@ def write_whole(path, content):
 #   traced or exported model keeps the selection that it was made with.
 # - In a mixed batch the i-th task is that of the i-th sample as layers see it. encode() of
 #   sentence-transformers and length-grouped loaders sort samples: sort the tasks alike.
-# - Beam search with a mixed batch: repeat each task for its beams. An encoder-decoder needs two
-#   steps: select(tasks) and encoded = model.get_encoder()(**inputs), then select(repeated) and
+# - Beam search repeats each sample of a batch for its beams: repeat the tasks alike. An encoder
+#   runs before that, so an encoder-decoder needs two steps: select(tasks) and
+#   encoded = model.get_encoder()(**inputs), then select(repeated) and
 #   model.generate(encoder_outputs=encoded, num_beams=beams).
 # Learning
 # - Make optimizers, Trainers, DistributedDataParallel and moving averages in the block of learn,
