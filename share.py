@@ -26,8 +26,7 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. By default that is:
-- Phase 1 subtracts the mean column, as in the paper, but coefficients are those of the factors as
-  they are. So the mean's direction is added to the basis (with_mean).
+- The mean that phase 1 subtracts is kept, as one more direction of the basis (with_mean).
 - A merge by variance makes no basis smaller. Else each would keep 0.6 of what the last one kept.
 - `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
 """
@@ -90,8 +89,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # Under autocast these products would be in bfloat16. The ones with x, in forward, may be.
-    with torch.autocast(beta.device.type, enabled=False):
+    with torch.autocast(beta.device.type, enabled=False):  # it may round B (A x), but not B and A
         B = beta @ eps_beta
         A = (alpha @ eps_alpha).T
     return B, A
@@ -120,8 +118,7 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    stacking: "factors" or "updates". variance, k: see `build_basis`. least: likewise, but of two
-    numbers, for beta and for alpha.
+    stacking: "factors" or "updates". variance, k and least, two numbers: see `build_basis`.
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
     if stacking == "factors":
@@ -233,12 +230,11 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     and nothing is lost.
     finetune (ours): train a task that exists on. Its p stays, and phi has to be 0.
     """
-    # 1. Start: random coefficients and, if phi > 0, random temporary columns.
+    # 1. Start: coefficients of N(0, sigma²) and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
-    # 2. The caller's loop trains the copy: in the block it is share.trained, of which share.factors
-    #    makes B and A for ShareLinear.forward, by learned_factors. All else is frozen.
-    with share._training(model, task, trained):
+    # 2. The caller's loop trains the copy, while all else is frozen.
+    with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Keep the layers that have moved. One that the loss never reached is at its random start.
     ends = moved_layers(task, start, trained)
@@ -253,22 +249,34 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
         share.merge({task: Adapter(factors)})
 
 
-def start_layer(bases, p, phi, sigma, generator):
-    """The parameters of a new task in one layer, at their start, as `learned_factors` takes them.
-
-    Coefficients are N(0, sigma²) on both sides, as in the paper: ΔW is small, but not 0 as LoRA's.
-    Temporary columns are N(0, 1 / rows), of norm near 1; the paper leaves it open.
-    """
-    beta, alpha = bases
-    parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
-    for name, basis in (("beta", beta), ("alpha", alpha)):
-        rows, k = basis.shape
-        eps = sigma * torch.randn(k + phi, p, generator=generator, device="cpu")
-        parameters[f"eps_{name}"] = eps.to(basis)
-        if phi > 0:
-            columns = torch.randn(rows, phi, generator=generator, device="cpu") / rows**0.5
-            parameters[f"columns_{name}"] = columns.to(basis)
-    return parameters
+@contextlib.contextmanager
+def training(share, model, task, trained):
+    """For a block, the task is selected and its {layer: nn.ParameterDict} alone can train."""
+    share._check_idle()
+    check_unwrapped(model)
+    attached = share._attached(model, needed=trained)
+    selected = share.selected
+    # 1. Freeze all that the model has now.
+    with frozen(model):
+        try:
+            # 2. Add the parameters, which can train.
+            for layer, parameters in trained.items():
+                linear = attached[layer]
+                follow_weight(linear)  # so that bases and parameters are where the weight is
+                parameters.to(share.bases[layer][0].device)
+                linear.learned = parameters  # so that model.parameters() has them
+            # 3. From now on Share.factors gives forward B and A of these parameters.
+            share.trained = trained
+            share.learning = task
+            share.selected = task
+            yield
+        finally:
+            # 4. Undo 3 and 2, and then `frozen` undoes 1.
+            share.selected = selected
+            share.learning = None
+            share.trained = {}
+            for layer in trained:
+                attached[layer]._modules.pop("learned", None)  # None, if 2 has failed before
 
 
 def learned_factors(bases, parameters):
@@ -325,9 +333,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: where variance asks for fewer directions, a basis keeps its size, and
-    #    is then of the columns as they are (least). Else each merge would keep 60 % of what the one
-    #    before had kept: 0.6, 0.36, 0.22, …
+    # 3. Phase 1 again. Ours: no basis gets smaller by variance (least). Else each merge would keep
+    #    60 % of what the one before had kept: 0.6, 0.36, 0.22, …
     return build_layer(pairs, variance, k, stacking, least=(beta.shape[1], alpha.shape[1]))
 
 
@@ -581,35 +588,6 @@ class Share:
         if not start:
             raise ValueError(f"task {task!r} has no coefficients to train in any layer")
         return start
-
-    @contextlib.contextmanager
-    def _training(self, model, task, trained):
-        """For a block, the task is selected and its {layer: nn.ParameterDict} alone can train."""
-        self._check_idle()
-        check_unwrapped(model)
-        attached = self._attached(model, needed=trained)
-        selected = self.selected
-        # 1. Freeze all that the model has now.
-        with frozen(model):
-            try:
-                # 2. Add the parameters, which can train.
-                for layer, parameters in trained.items():
-                    linear = attached[layer]
-                    follow_weight(linear)  # so that bases and parameters are where the weight is
-                    parameters.to(self.bases[layer][0].device)
-                    linear.learned = parameters  # so that model.parameters() has them
-                # 3. From now on forward gets B and A of these parameters, by Share.factors.
-                self.trained = trained
-                self.learning = task
-                self.selected = task
-                yield
-            finally:
-                # 4. Undo 3 and 2, and then `frozen` undoes 1.
-                self.selected = selected
-                self.learning = None
-                self.trained = {}
-                for layer in trained:
-                    attached[layer]._modules.pop("learned", None)  # None, if 2 has failed before
 
     def _keep(self, task, ends):
         """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
@@ -925,6 +903,24 @@ def stack_padded(matrices):
 
 
 # --- Behind attach and learn
+def start_layer(bases, p, phi, sigma, generator):
+    """The parameters of a new task in one layer, at their start, as `learned_factors` takes them.
+
+    Coefficients are N(0, sigma²) on both sides, as in the paper: ΔW is small, but not 0 as LoRA's.
+    Temporary columns are N(0, 1 / rows), of norm near 1; the paper leaves it open.
+    """
+    beta, alpha = bases
+    parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
+    for name, basis in (("beta", beta), ("alpha", alpha)):
+        rows, k = basis.shape
+        eps = sigma * torch.randn(k + phi, p, generator=generator, device="cpu")
+        parameters[f"eps_{name}"] = eps.to(basis)
+        if phi > 0:
+            columns = torch.randn(rows, phi, generator=generator, device="cpu") / rows**0.5
+            parameters[f"columns_{name}"] = columns.to(basis)
+    return parameters
+
+
 def moved_layers(task, start, trained):
     """{layer: {name: tensor}} of the layers in which a parameter has another value now."""
     moved = {}
