@@ -27,7 +27,7 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. By default that is:
 - The mean that phase 1 subtracts is kept, as one more direction of the basis (with_mean).
-- A merge by variance makes no basis smaller. Else each would keep 0.6 of what the last one kept.
+- A merge by variance leaves each basis at least as large as it was (merge_layer).
 - `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
 """
 
@@ -118,7 +118,7 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    stacking: "factors" or "updates". variance, k and least, two numbers: see `build_basis`.
+    stacking: "factors" or "updates". variance, k: see `build_basis`. least: for each side.
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
     if stacking == "factors":
@@ -141,7 +141,7 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
 
     variance: take the fewest directions that explain this part, see `by_variance`, as for centre.
     k, ours: take this many directions of the columns as they are, or all, if there are fewer.
-    least, ours: as with a k, where variance gives fewer than that.
+    least, ours, for merges: where variance gives fewer than that, take k = least.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -150,15 +150,15 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
     if k is None:
         basis = by_variance(X, rounding, variance, centre)
-        if basis.shape[1] < least:
-            k = least
-    if k is not None:
+        if basis.shape[1] < least:  # ours
+            basis = main_directions(X, rounding, k=least)
+    else:  # ours
         basis = main_directions(X, rounding, k=k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
 def by_variance(X, rounding, variance, centre):
-    """The paper's basis of columns X. Ours: the mean is added, or (centre=False) not subtracted."""
+    """The paper's basis of the columns X. Ours: with the mean; centre=False leaves out 1 and 3."""
     if not centre:  # ours
         return main_directions(X, rounding, variance)
     # 1. Subtract the mean column.
@@ -174,14 +174,15 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    if X.shape[0] < X.shape[1]:  # for speed: X = R^T Q^T has the U and S of the square R^T
+    if X.shape[0] < X.shape[1]:
+        # For speed only: with X^T = Q R, X = R^T Q^T, so R^T (n, n) has the U and S of X.
         X = torch.linalg.qr(X.T, mode="r").R.T
     U, S, _ = torch.linalg.svd(X, full_matrices=False)
     if k is None:
-        explained = (S**2).cumsum(0) / (S**2).sum()  # by the first direction, by the first two, …
-        # If they explain 0.5, 0.8, 1.0, and variance is 0.6, one is too few, and k = 2.
-        too_few = explained < variance - 1e-12  # a sum of 0.5999999999999999 is meant to be 0.6
-        k = int(too_few.sum()) + 1
+        explained = (S**2).cumsum(0)  # by the first direction, by the first two, …
+        wanted = (variance - 1e-12) * (S**2).sum()  # so that 0.5999999999999999 passes for 0.6
+        # If they explain 0.5, 0.8, 1.0, and 0.6 is wanted, one is too few, and k = 2.
+        k = int((explained < wanted).sum()) + 1
     rank = int(S.gt(rounding).sum())
     return U[:, : min(k, rank)]
 
@@ -226,8 +227,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     p: columns of the coefficients, so the rank of ΔW. sigma, seed: of their random start.
     phi: temporary columns beside each basis: 0, or less than the largest k.
     grow: how, with phi > 0, the task is merged afterwards. False: by the paper's phase 3, which may
-    lose much of it, see `retained`. True (ours): each basis gets directions, at most min(p, phi),
-    and nothing is lost.
+    lose much of it, see `retained`. True (ours): by adding directions to the bases, without loss.
     finetune (ours): train a task that exists on. Its p stays, and phi has to be 0.
     """
     # 1. Start: coefficients of N(0, sigma²) and, if phi > 0, random temporary columns.
@@ -265,7 +265,7 @@ def training(share, model, task, trained):
                 follow_weight(linear)  # so that bases and parameters are where the weight is
                 parameters.to(share.bases[layer][0].device)
                 linear.learned = parameters  # so that model.parameters() has them
-            # 3. From now on Share.factors gives forward B and A of these parameters.
+            # 3. Have forward use them: it calls Share.factors, and that learned_factors.
             share.trained = trained
             share.learning = task
             share.selected = task
@@ -301,8 +301,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     Earlier tasks may change, see `retained`.
     variance: see `build_basis`; None is the share's. No basis gets smaller by it (ours), unless its
     tasks span fewer directions, as after `remove`. k: the size, in place of it; it may be smaller.
-    grow=True (ours): bases and earlier tasks stay. Each new adapter adds directions that explain
-    `variance` of what it has outside the bases; or, with k, until a basis has k.
+    grow=True (ours): bases and earlier tasks stay, see `grow_layer`, also for variance and k.
     """
     if variance is None:
         variance = share.variance
@@ -333,8 +332,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: no basis gets smaller by variance (least). Else each merge would keep
-    #    60 % of what the one before had kept: 0.6, 0.36, 0.22, …
+    # 3. Phase 1 again. Ours: where its rule asks for fewer directions than a basis has, as it mostly
+    #    does, the basis keeps its size (least). Else each merge would keep 0.6 of 0.6 of …
     return build_layer(pairs, variance, k, stacking, least=(beta.shape[1], alpha.shape[1]))
 
 
@@ -342,13 +341,14 @@ def merge_layer(bases, old, new, variance, k, stacking):
 def merge_short(bases, old, new, **rule):
     """merge_layer(bases, old, new, **rule), the same up to signs, fast for many old tasks.
 
-    500 tasks of rank 8 make a stack X of 4,008 columns. But all are sums of the old basis' columns
-    and the new ones, say 32 and 8. Let Q (n, 40) have orthonormal columns with the same span. Then
-    X = Q Y, where a column y of Y has 40 numbers in place of n. The same merge of the y gives
+    All columns that it stacks, 4,000 for 500 old tasks of rank 8, are sums of the columns of beta
+    and of the new B's, say 32 and 8. Let Q (n, 40) be orthonormal with the same span. A column is
+    then x = Q y, and y = Q^T x has 40 numbers in place of n. Q keeps lengths and angles, so the y
+    can be merged in place of the x:
 
-        Y = U S V^T  =>  X = (Q U) S V^T,  mean(x) = Q mean(y),  (Q U)^T x = U^T y
-
-    so the bases are Q times those of the y, and the coefficients are the same.
+        stack         X = Q Y, so the mean of the x is Q times the mean of the y
+        basis         if Y = U S V^T, then X = (Q U) S V^T: the basis of the x is Q U
+        coefficients  (Q U)^T x = U^T y: those of the y as they are
     """
     # 1. Find Q for each side.
     beta, alpha = bases
@@ -437,7 +437,7 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # a forward that accelerate left in it, see check_linear, would hide ShareLinear's
+            # accelerate may have left nn.Linear's forward as an attribute: it would hide the class's
             vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
@@ -554,8 +554,7 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
-        # The paper asks for phi < k. Here k differs by layer and side: phi is refused where it is
-        # not below any of them.
+        # The paper asks for phi < k. Here k differs by layer and side: phi < the largest is enough.
         max_k = max([basis.shape[1] for bases in self.bases.values() for basis in bases], default=0)
         if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
             raise ValueError(f"phi is {phi!r}; it takes 0 or integers below the largest k, {max_k}")
@@ -591,8 +590,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
-        # For the record the whole task, as it is now: one that is fine-tuned has extras, a config,
-        # and layers that have not moved.
+        # The record's ‖ΔW‖² is of the whole task. One that is fine-tuned has layers that have not
+        # moved, extras and a config.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -769,8 +768,8 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     if 0 in (len(eps_beta), len(eps_alpha)):
-        # A basis is empty, so ΔW is 0, and any columns do. With none, `save` would take the task
-        # for one that lacks the layer.
+        # A basis is empty, so ΔW is 0, whatever the columns. To `save`, a task without any is one
+        # that lacks the layer.
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
@@ -798,10 +797,11 @@ def update_columns(B, A_T):
     For any invertible G, B G and G^-1 A have the same ΔW, but other main directions. With the QR
     decompositions A^T = Q_A R_A and B = Q_B R_B
 
-        ΔW ΔW^T = B A A^T B^T = B R_A^T R_A B^T = C C^T  for  C = B R_A^T
-        ΔW^T ΔW = A^T B^T B A = A^T R_B^T R_B A = D D^T  for  D = A^T R_B^T
+        ΔW   = B A     = B R_A^T Q_A^T    = C Q_A^T  for  C = B R_A^T
+        ΔW^T = A^T B^T = A^T R_B^T Q_B^T  = D Q_B^T  for  D = A^T R_B^T
 
-    So C has the left singular vectors of ΔW, D the right ones, and both its singular values.
+    As Q_A and Q_B have orthonormal columns, C has the left singular vectors of ΔW, D the right
+    ones, and both its singular values.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
@@ -820,8 +820,7 @@ def update_stacks(pairs):
 def side_by_side(matrices):
     """Matrices (n, r) as one (n, m), each divided by its norm: all tasks weigh the same.
 
-    A norm below ROUNDING times the largest may be that of rounding alone. Such a matrix is divided
-    by ROUNDING times the largest, and so stays small.
+    Below ROUNDING times the largest norm, one may be rounding alone, and is not made that large.
     """
     norms = torch.stack([matrix.norm() for matrix in matrices])
     if norms.max() > 0:
@@ -836,19 +835,21 @@ def grow_layer(bases, old, new, variance, k, stacking):
     variance: the fraction of that to explain, for each adapter by itself. k: in its place, the size
     up to which a smaller basis grows; earlier adapters take the room first.
     """
+    # 1. Add directions, one adapter after the other, as variance is relative to an adapter.
     beta, alpha = bases
-    for B, A_T in new.values():  # one by one: variance and rounding are relative to an adapter
-        if stacking == "factors":  # grow by directions of B and A^T
+    for B, A_T in new.values():
+        if stacking == "factors":
             C, D = B, A_T
         else:
-            # "updates": C spans the columns of B A. If A lacks rank, B may span more. `project`
-            # drops the rest of B, which B A does not use, so that ΔW stays the same.
             C, D = update_columns(B, A_T)
         beta = grow_basis(beta, C, variance, k)
         alpha = grow_basis(alpha, D, variance, k)
+    # 2. Earlier tasks have coefficients of 0 for them.
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
+    # 3. Project the new tasks. With "updates" beta need not hold all of B. Yet, by variance=1.0, it
+    #    holds the columns of ΔW, and alpha the rows: beta beta^T B A alpha alpha^T = ΔW.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -866,8 +867,8 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # b is orthonormal only to 1e-7, if it is of float32. X - b b^T X would have errors of 1e-7 ‖X‖
-    # inside of b; so a direction of 1e-6 ‖X‖ outside would lean into b by a tenth. Hence solve.
+    # A float32 b has b^T b = 1 only to 1e-7. Without the inverse that much of the inside would
+    # stay, and what is outside counts from 1e-6 on (rounding).
     outside = X - b @ torch.linalg.solve(b.T @ b, b.T @ X)
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
     if k is None:
@@ -962,9 +963,10 @@ def frozen(model):
             if name in flags:
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
+            # One that was made anew, in another shape, stays as it is.
             if name in buffers and buffer.shape == buffers[name].shape:
-                # A buffer that was made in inference mode can be written only in it. An error is
-                # that of an expanded buffer: nobody can write to it, so it has not changed.
+                # A buffer made in inference mode can be written only in it, and an expanded one not
+                # at all, by nobody. An error here must not lose what was trained: suppress it.
                 with torch.inference_mode(), contextlib.suppress(RuntimeError):
                     buffer.copy_(buffers[name])
 
@@ -1041,8 +1043,8 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # While accelerate offloads a layer, the layer has a forward of its own, which is refused. When
-    # the hook is removed, it keeps an attribute that is the forward of its class: harmless.
+    # A hook of accelerate sets a forward on the layer itself, which is refused. When it is removed,
+    # it sets that of the class, which is accepted, and dropped by attach and detach.
     is_own = getattr(linear.forward, "__func__", None) is cls.forward
     if isinstance(linear, nn.Linear) and weight is None:
         reason = "its weight is computed, as by pruning; make it permanent first"

@@ -10,8 +10,8 @@ them, eps_beta and eps_alpha (k, p), which give its change of the layer's weight
     phase 3  share.learn, phi > 0   each later task trains phi temporary columns beside each basis,
                                     too, which are then merged into the basis (with --all)
 
-The bases are not the paper's, but ours ("updates", see Settings). Start with `compare`: it is the
-experiment.
+Phase 1 is not quite the paper's: it makes the bases of the tasks' ΔW (stack="updates", ours), not
+of their B and A (stack="factors"). The experiment is `compare`.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -78,7 +78,7 @@ class Settings:
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
     # Share; its rate does not fall
-    stack: str = "updates"  # ours: bases of the tasks' ΔW; the paper's "factors": of their B and A
+    stack: str = "updates"  # ours, bases of the tasks' ΔW; "factors", the paper's, of their B and A
     variance: float = 0.95  # that the bases explain
     p: int = 1  # pseudo-rank: columns of a later task's coefficients
     general_p: int = 4  # columns of the one set of coefficients in share_general
@@ -90,9 +90,10 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 
 
 # --- The data, the loss and the base model
-# Streams of random numbers: 0, 1, … are for training on that task, the number of tasks is for
-# training on all tasks at once, and these are for the rest:
-PRETRAINING, TESTS = 98, 99  # TESTS has the keys, too
+# Each use of random numbers has its own stream, so that none depends on what ran before. Streams
+# 0, 1, … are for training on that task, and the number of tasks is for training on all at once.
+PRETRAINING = 98
+KEYS_AND_TESTS = 99
 
 
 def new_generator(s, stream):
@@ -111,7 +112,7 @@ def make_batch(generator, keys, tags=None):
 
 def loss_fn(model, batch):
     tokens, answers = batch
-    logits = model(tokens)[:, KEY:, :LETTERS]  # the answer to a letter stands in its place
+    logits = model(tokens)[:, KEY:, :LETTERS]  # the answer to a letter stands where the letter does
     return F.cross_entropy(logits.flatten(0, 1), answers.flatten())
 
 
@@ -124,7 +125,7 @@ def accuracy(model, batch):
 
 
 def fit(model, batches, lr, last_lr=0.0):
-    """Train all that requires gradients with Adam, and return how many numbers these are.
+    """Train all parameters that require gradients with Adam; returns how many numbers they have.
 
     The rate goes linearly from lr to last_lr.
     """
@@ -148,12 +149,14 @@ def pretrain(s):
     torch.manual_seed(s.seed)
     model = ToyTransformer(2 * LETTERS + s.first + s.later, s.width, length=KEY + MESSAGE)
     generator = new_generator(s, PRETRAINING)
-    batches = []
-    for size in [s.base_batch] * s.base_steps + [s.test]:  # the last one is for tests
+
+    def batch_in_clear(size):
         keys = torch.randint(LETTERS, (size, KEY), generator=generator)
-        batches.append(make_batch(generator, keys))
-    *training, clear_test = batches
-    fit(model.to(DEVICE), training, s.base_lr)
+        return make_batch(generator, keys)
+
+    batches = [batch_in_clear(s.base_batch) for _ in range(s.base_steps)]
+    clear_test = batch_in_clear(s.test)
+    fit(model.to(DEVICE), batches, s.base_lr)
     return model, clear_test
 
 
@@ -171,23 +174,24 @@ def attach_lora(model, targets, r=8):
     """Make LoRALinear of the nn.Linear's whose names end in `targets`; freezes, returns `model`."""
     if type(r) is not int or r < 1:
         raise ValueError(f"r is {r!r}; it takes an integer, 1 or more")
-    chosen = []
-    unused = set(targets)
-    for name, module in model.named_modules():  # in this order, so that a seed fixes the start
-        found = {target for target in targets if f".{name}".endswith(f".{target}")}
-        if found and type(module) is nn.Linear:
-            chosen.append(module)
-            unused -= found
-    if unused or not chosen:
-        raise ValueError(f"targets {targets}: {sorted(unused)} ends the name of no nn.Linear")
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    chosen = set()
+    for target in targets:
+        found = {name for name in linears if f".{name}".endswith(f".{target}")}  # whole parts of it
+        if not found:
+            raise ValueError(f"target {target!r} ends the name of no nn.Linear in the model")
+        chosen |= found
+    if not chosen:
+        raise ValueError("targets is empty, and so ends the name of no nn.Linear")
     model.requires_grad_(False)
-    for linear in chosen:
-        W0 = linear.weight
-        dtype = torch.promote_types(W0.dtype, torch.float32)  # of factors, if W0 is in half
-        linear.lora_A = nn.Parameter(W0.new_empty(r, linear.in_features, dtype=dtype))
-        linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r, dtype=dtype))
-        nn.init.kaiming_uniform_(linear.lora_A, a=5**0.5)
-        linear.__class__ = LoRALinear  # the same object under the same name
+    for name, linear in linears.items():  # in the model's order, so that a seed fixes the start
+        if name in chosen:
+            W0 = linear.weight
+            dtype = torch.promote_types(W0.dtype, torch.float32)  # of factors, if W0 is in half
+            linear.lora_A = nn.Parameter(W0.new_empty(r, linear.in_features, dtype=dtype))
+            linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r, dtype=dtype))
+            nn.init.kaiming_uniform_(linear.lora_A, a=5**0.5)
+            linear.__class__ = LoRALinear  # the same object under the same name
     return model
 
 
@@ -206,7 +210,7 @@ class Experiment:
 
     def __init__(self, s):
         self.s = s
-        generator = new_generator(s, TESTS)
+        generator = new_generator(s, KEYS_AND_TESTS)
         self.keys = torch.randint(LETTERS, (s.first + s.later, KEY), generator=generator)
         self.names = [f"task {t}" for t in range(len(self.keys))]
         self.tests = []  # a batch for each task
@@ -236,30 +240,37 @@ class Experiment:
         """The accuracies of a model, as it is, on all tasks."""
         return [accuracy(model, test) for test in self.tests]
 
-    def after_task(self, method, matrix, learned):
-        """Add a row to the matrix, and print a line. learned: accuracies on the tasks so far."""
-        not_yet = self.base_accuracies[len(learned) :]  # later tasks have only the base
+    def after_task(self, method, t, matrix, learned):
+        """Add row t to the matrix, and print a line. learned: the accuracies on tasks 0 to t."""
+        not_yet = self.base_accuracies[t + 1 :]  # later tasks have only the base
         matrix.append(learned + not_yet)
-        line = f"{method:16}task {len(learned) - 1:2}  accuracy {learned[-1]:.3f}"
-        print(f"{line}  mean of tasks so far {mean(learned):.3f}", flush=True)
+        so_far = mean(learned)
+        print(
+            f"{method:16}task {t:2}  accuracy {learned[t]:.3f}  mean of tasks so far {so_far:.3f}"
+        )
 
     def new_lora(self, start_name, r):
         """A copy of the base with a new LoRA, which starts alike whichever rows ran before."""
         torch.manual_seed(self.s.seed + zlib.crc32(start_name.encode()))  # hash() varies by run
         return attach_lora(copy.deepcopy(self.base), TARGETS, r)
 
-    def lora_per_task(self, method, r, lr, count=None):
-        """One LoRA for each task, or each of the first `count`: the adapters and their row."""
+    def train_lora(self, method, t, r, lr):
+        """A new LoRA, trained on task t: the model, and how many numbers were trained."""
+        model = self.new_lora(f"{method} {t}", r)
+        trained = fit(model, self.batches(t, self.s.lora_steps), lr)
+        return model, trained
+
+    def lora_per_task(self, method, r, lr):
+        """A LoRA for each task: {task: Adapter}, and their row."""
         adapters = {}
         learned = []  # accuracy of each task with its LoRA, which later tasks do not change
         matrix = []
-        for t, name in enumerate(self.names[:count]):
-            model = self.new_lora(f"{method} {t}", r)
-            trained = fit(model, self.batches(t, self.s.lora_steps), lr)
+        for t, name in enumerate(self.names):
+            model, trained = self.train_lora(method, t, r, lr)
             adapters[name] = lora_adapter(model)
             learned.append(accuracy(model, self.tests[t]))
-            self.after_task(method, matrix, learned)
-        return adapters, metrics(matrix, trained, stored=len(matrix) * trained)
+            self.after_task(method, t, matrix, learned)
+        return adapters, metrics(matrix, trained, stored=len(adapters) * trained)
 
     def lora_sequential(self):
         """One LoRA, trained through the tasks."""
@@ -268,25 +279,28 @@ class Experiment:
         matrix = []
         for t in range(len(self.names)):
             trained = fit(model, self.batches(t, s.lora_steps), s.lora_lr)
-            self.after_task("lora_sequential", matrix, self.accuracies(model)[: t + 1])
+            learned = self.accuracies(model)[: t + 1]
+            self.after_task("lora_sequential", t, matrix, learned)
         return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Learn task t, and return how many numbers were trained.
+        """Learn task t; returns how many numbers were trained.
 
-        phi = 0  phase 2: the coefficients are trained, and the bases stay as they are.
-        phi > 0  phase 2 trains, too, phi temporary columns C beside each basis:
+        phi = 0  The bases stay as they are. Trained are eps_beta and eps_alpha, (k, p) each:
+                     B = beta eps_beta  and  A = (alpha eps_alpha)^T
+        phi > 0  Trained are, too, phi temporary columns C beside each basis:
                      B = [beta, C] eps_beta  with  eps_beta (k + phi, p);  A likewise.
-                 Then phase 3 replaces [beta, C] by one basis:
-          grow=True   ours: beta stays, and columns are appended until it holds C; earlier ΔW stay
+                 Afterwards C is merged into beta:
+          grow=True   ours: columns are added to beta until it holds C; earlier ΔW stay
           grow=False  the paper's: a new beta from the B of all tasks; earlier ΔW may change
         """
         s = self.s
         seed = 100 * s.seed + t
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
-            # In this block only the coefficients, and C, require gradients. At its end the share
-            # takes the task in.
-            return fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
+            # In this block only the coefficients, and C, require gradients.
+            trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
+        # At the end of the block C is merged, and the share has the task.
+        return trained
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
@@ -306,7 +320,7 @@ class Experiment:
         for t in range(len(first_rows), len(self.names)):
             trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
-            self.after_task(method, matrix, learned)
+            self.after_task(method, t, matrix, learned)
         return model, metrics(matrix, trained, num_parameters(share))
 
 
@@ -322,12 +336,15 @@ def metrics(matrix, trained=None, stored=None):
     matrix[i][j] is the base's accuracy. trained: how many numbers were trained for the last task.
     stored: how many are stored for all tasks.
     """
-    *earlier, last = matrix
-    tasks = range(len(earlier))
-    best = [max(row[j] for row in earlier) for j in tasks]
+    last = matrix[-1]
+    bwt = []
+    forgetting = []
+    for j in range(len(matrix) - 1):
+        best = max(row[j] for row in matrix[:-1])
+        bwt.append(last[j] - matrix[j][j])
+        forgetting.append(best - last[j])
     row = {"accuracy_matrix": matrix, "acc": mean(last)}
-    row["bwt"] = mean([last[j] - matrix[j][j] for j in tasks])
-    row["forgetting"] = mean([best[j] - last[j] for j in tasks])
+    row |= {"bwt": mean(bwt), "forgetting": mean(forgetting)}
     return row | {"trained_per_task": trained, "stored": stored}
 
 
@@ -394,7 +411,7 @@ def check(methods):
         if name in methods:  # the latter two with --all
             claim(f"{name}: ACC / lora_per_task's", methods[name]["acc"] / lora["acc"], least=0.98)
             claim(f"{name}: forgetting", methods[name]["forgetting"], most=most)
-    if "share_routed" in methods:  # likewise
+    if "share_routed" in methods:  # with --all
         claim("random_basis: ACC - share's", methods["random_basis"]["acc"] - share["acc"], most=0)
         routed = methods["share_routed"]
         claim("share_routed: ACC - share's", routed["acc"] - share["acc"], least=-0.01)
@@ -402,16 +419,18 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """Least number of tasks, at least `first`, for which Share stores less than LoRAs, or None."""
+    """The least number of tasks, from `first` on, for which Share stores less; None if for none.
+
+    For t tasks Share stores fixed + t share_each, and LoRAs store t lora_each.
+    """
     share = methods["share"]
     share_each = share["trained_per_task"]  # a later task stores what it trains
     lora_each = methods[other]["trained_per_task"]
     # the bases, and what the first tasks store more than later ones
     fixed = share["stored"] - len(share["accuracy_matrix"]) * share_each
-    for tasks in range(first, 10_000):  # more would not matter
-        if fixed + tasks * share_each < tasks * lora_each:
-            return tasks
-    return None
+    if lora_each <= share_each:
+        return None
+    return max(first, math.floor(fixed / (lora_each - share_each)) + 1)
 
 
 def spread(values, digits):
@@ -443,7 +462,7 @@ def print_table(runs, first):
 def other_rows(e, built, share, model):
     """Rows for comparison: {method: row}.
 
-    built: a share of the first tasks. share: of all tasks, attached to model.
+    built: a share of the first tasks. share: of all tasks, attached to model; it gets two more.
     """
     s = e.s
     rows = {}
@@ -453,7 +472,7 @@ def other_rows(e, built, share, model):
     lora = e.new_lora("lora_joint", s.r)
     trained = fit(lora, e.mixed_batches(s.joint_steps), s.lora_lr)
     rows["lora_joint"] = row_of_accuracies(e.accuracies(lora), stored=trained)
-    # the share if nobody names the task
+    # the share if nobody names the task; before it gets more tasks, as their numbers are counted
     rows["share_routed"] = share_routed(e, share, model)
     # the mean of all tasks' ΔW, as one more task
     average(share, e.names, "average")
@@ -506,10 +525,13 @@ def share_routed(e, share, model):
 def sweep(s):
     """The ablations: two new tasks, learned in bases of several kinds and in several ways."""
     e = Experiment(s)
-    adapters, _ = e.lora_per_task("lora_per_task", s.r, s.lora_lr, s.first)
+    adapters = {}
+    for t, name in enumerate(e.names[: s.first]):
+        lora, _ = e.train_lora("lora_per_task", t, s.r, s.lora_lr)
+        adapters[name] = lora_adapter(lora)
     print("\nfrom   how many tasks made the bases; 0: random ones of the sizes in the line before")
     print("k      directions of a basis, on average")
-    print("first  accuracy of the tasks that made the bases, at rank r; nan: of none")
+    print("first  accuracy of the tasks that made the bases, at rank r; nan: there are none")
     print("new    accuracy of two more tasks, learned at p")
     print("grow   how phi columns are merged: by ours (True) or by the paper's phase 3 (False)")
     print("from  variance  stack       k  p  phi   grow   first    new  trained   stored")
@@ -526,7 +548,7 @@ def sweep(s):
             ablation(e, built, s.p, phi, grow)
 
 
-def ablation(e, built, p, phi=0, grow=None):
+def ablation(e, built, p, phi=0, grow=True):
     """Learn two new tasks in a copy of a share, and print a line."""
     share = copy.deepcopy(built)
     model = share.attach(copy.deepcopy(e.base))
@@ -539,12 +561,13 @@ def ablation(e, built, p, phi=0, grow=None):
         trained = e.learn_task(share, model, t, p, phi, grow)
     of_new = mean(e.selected_accuracies(share, model, new_tasks))
     line = f"{len(built.tasks):4} {share.variance:9}  {share.stacking:7} {k:5.1f} {p:2} {phi:4}"
-    line += f" {str(grow):>6} {of_first:7.3f} {of_new:6.3f}"
+    how = str(grow) if phi > 0 else "-"
+    line += f" {how:>6} {of_first:7.3f} {of_new:6.3f}"
     print(f"{line} {trained:8} {num_parameters(share):8}", flush=True)
 
 
 def scaling(seed, counts, n=1024, r=8):
-    """The costs of building and merging, by the number of tasks."""
+    """The costs of building and merging, by the number of tasks, at Share's defaults."""
     torch.manual_seed(seed)
     spans = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in range(2)]
 
@@ -552,7 +575,7 @@ def scaling(seed, counts, n=1024, r=8):
         B, A_T = [span @ torch.randn(32, r) + 0.02 * torch.randn(n, r) for span in spans]
         return Adapter({"0": (B, A_T.T)})
 
-    print(f"one layer of {n} × {n}, adapters of rank {r}")
+    print(f"one layer of {n} × {n}, adapters of rank {r}, variance 0.6, stack 'factors'")
     print("build      seconds of phase 1")
     print("merge      milliseconds to load a share and merge one adapter by the paper's phase 3")
     print("published  the same by the paper's steps: rebuild all adapters, stack, SVD, project")
@@ -588,13 +611,15 @@ def load_and_merge_as_published(path, adapter):
     pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
     B_stack = torch.cat([B for B, _ in pairs], dim=1)  # (n, columns of all tasks)
     A_stack = torch.cat([A.T for _, A in pairs], dim=1)
-    coefficients = []
-    for stack, old_basis in zip((B_stack, A_stack), share.bases["0"], strict=True):
-        centred = stack - stack.mean(1, keepdim=True)
-        U, _, _ = torch.linalg.svd(centred, full_matrices=False)
-        basis = U[:, : old_basis.shape[1]]  # of as many directions as before
-        coefficients.append(basis.T @ stack)
-    return coefficients
+    beta, alpha = share.bases["0"]
+    return new_coefficients(B_stack, beta.shape[1]), new_coefficients(A_stack, alpha.shape[1])
+
+
+def new_coefficients(stack, k):
+    """The coefficients (k, m) of columns (n, m) in the paper's new basis of them, of k columns."""
+    centred = stack - stack.mean(1, keepdim=True)  # to find the basis, but not to project
+    U, _, _ = torch.linalg.svd(centred, full_matrices=False)
+    return U[:, :k].T @ stack
 
 
 def svg(methods, seed):
@@ -639,7 +664,7 @@ PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 PEFT_DROPPED = ["eva_config", "corda_config", "loftq_config"]  # they are for the start of training
 PEFT_DROPPED += ["rank_pattern", "alpha_pattern"]  # all layers get one rank, and scaling 1
 PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]  # see peft_targets
-PEFT_NAME = r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight"
+PEFT_NAME = r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>A|B)(?:\.default)?\.weight"
 
 
 def load_peft(directory):
@@ -656,26 +681,27 @@ def load_peft(directory):
     except (ValueError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{directory} is damaged: {error}") from None
     check_plain_lora(config, directory)
-    pairs = {}  # {layer: {"A": tensor, "B": tensor}}
-    extras = {}
+    all_A, all_B, extras = {}, {}, {}
     for name, tensor in tensors.items():
         match = re.fullmatch(PEFT_NAME, name)
-        if match:
-            layer, side = match.groups()
-            pairs.setdefault(layer, {})[side] = tensor
-        else:
+        if match is None:
             extras[name] = tensor
+        elif match["side"] == "A":
+            all_A[match["layer"]] = tensor
+        else:
+            all_B[match["layer"]] = tensor
     check_extras(extras, config, directory)
-    if not pairs:
-        raise ValueError(f"{directory} has no LoRA weights")
     factors = {}
-    for layer, pair in pairs.items():
-        A, B = pair.get("A"), pair.get("B")
-        if A is None or B is None or A.dim() != 2 or len(A) == 0 or B.shape[1:] != A.shape[:1]:
+    for layer in all_A | all_B:
+        A, B = all_A.get(layer), all_B.get(layer)
+        are_matrices = A is not None and B is not None and A.dim() == B.dim() == 2
+        if not are_matrices or len(A) == 0 or B.shape[1] != len(A):
             raise ValueError(f"{directory}, layer {layer!r} has no A (r, d) with a B (n, r)")
         dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
         scaling = peft_scaling(config, layer, len(A), directory)
         factors[layer] = B.to(dtype) * scaling, A.to(dtype)
+    if not factors:
+        raise ValueError(f"{directory} has no LoRA weights")
     return Adapter(factors, extras, config)
 
 
@@ -691,15 +717,17 @@ def check_plain_lora(config, directory):
 
 
 def check_extras(extras, config, directory):
-    """ValueError for a LoRA tensor that is no A or B of a layer, as no extra is ever applied.
+    """ValueError for a LoRA tensor that is no A or B of a layer, such as DoRA's magnitudes.
 
-    A head called, say, lora_head is fine: modules_to_save lists it.
+    Extras are stored, but never applied, so that it would be ignored in silence. A head called,
+    say, lora_head is fine: modules_to_save lists it.
     """
     heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
     for name in extras:
-        of_lora = {part for part in name.split(".") if part.startswith("lora_")}
-        if of_lora - heads:
-            raise ValueError(f"{directory}: {name!r} is no base_model.model.LAYER.lora_A/B.weight")
+        for part in name.split("."):
+            if part.startswith("lora_") and part not in heads:
+                known = "base_model.model.LAYER.lora_A/B.weight"
+                raise ValueError(f"{directory}: {name!r} is no {known}")
 
 
 def peft_scaling(config, layer, r, directory):
@@ -746,23 +774,20 @@ def save_peft(adapter, directory):
 
 
 def peft_targets(adapter):
-    """target_modules to save: the old value if it still fits, else a pattern of the layers.
-
-    It does not fit if it does not name all layers, or if exclude_modules or layers_to_transform
-    narrowed it: `save_peft` drops both, as PEFT refuses the latter beside a pattern.
-    """
+    """target_modules to save: the old value, if it names all layers and no more, else a pattern."""
     layers = list(adapter.factors)
-    old = adapter.config.get("target_modules") or []
-    if isinstance(old, str):  # a regular expression
-        fits = all(re.fullmatch(old, layer) for layer in layers)
-    else:  # ends of names
-        old = sorted(old) if isinstance(old, set) else old  # JSON has no set
-        endings = tuple(f".{target}" for target in old)
-        fits = all(f".{layer}".endswith(endings) for layer in layers)
+    pattern = "|".join(re.escape(layer) for layer in layers)
+    # `save_peft` drops these two, as PEFT refuses one of them beside a pattern. If they narrowed
+    # the old value, it alone names too many layers.
     for key in ("exclude_modules", "layers_to_transform"):
         if adapter.config.get(key) not in (None, [], ""):  # 0 narrows it, too: to layer 0
-            fits = False
-    return old if fits else "|".join(map(re.escape, layers))
+            return pattern
+    old = adapter.config.get("target_modules") or []
+    if isinstance(old, str):  # a regular expression
+        return old if all(re.fullmatch(old, layer) for layer in layers) else pattern
+    old = sorted(old) if isinstance(old, set) else old  # ends of names; JSON has no set
+    endings = tuple(f".{target}" for target in old)
+    return old if all(f".{layer}".endswith(endings) for layer in layers) else pattern
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -794,23 +819,21 @@ class Router:
                 size = tuple(x.shape)
                 raise ValueError(f"task {task!r}: features {size} are not finite, (N >= 2, f)")
         samples = [x.double() for x in features.values()]
-        from_others = []
-        for x in samples:
-            # The mean of all would be nearer to a sample, as the sample is one of them.
-            mean_of_others = (x.sum(0) - x) / (len(x) - 1)
-            from_others.append(x - mean_of_others)
-        residuals = torch.cat(from_others)
+        # How far a sample is from the mean of the other N - 1 of its task. The mean of all N is
+        # nearer, as the sample is one of them: x - (sum - x) / (N - 1) = (x - mean) N / (N - 1).
+        residuals = torch.cat([(x - x.mean(0)) * len(x) / (len(x) - 1) for x in samples])
         scale = whitening(residuals)
         means = torch.stack([x.mean(0) for x in samples]) @ scale
         own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)  # 98 % are nearer
-        if len(samples) == 1:
-            return cls(list(features), means, scale, float(own))
-        to_nearest = []
-        for i, x in enumerate(samples):
-            other_means = torch.cat([means[:i], means[i + 1 :]])
-            to_nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
-        other = torch.quantile(torch.cat(to_nearest), 0.02)  # 98 % are farther
-        radius = torch.maximum(own, (own + other) / 2)  # half-way, but own if tasks overlap
+        radius = own
+        if len(samples) > 1:
+            to_nearest = []
+            for i, x in enumerate(samples):
+                distances = torch.cdist(x @ scale, means)  # (N, tasks)
+                distances[:, i] = math.inf  # not its own task
+                to_nearest.append(distances.min(dim=1).values)
+            other = torch.quantile(torch.cat(to_nearest), 0.02)  # 98 % are farther
+            radius = torch.maximum(own, (own + other) / 2)  # half-way, but own if tasks overlap
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -824,16 +847,16 @@ class Router:
 
 
 def whitening(residuals):
-    """scale (f, f), with which lengths are Mahalanobis distances: ‖r scale‖² = r C^-1 r^T.
+    """scale (f, f), with which the length of r scale is the Mahalanobis distance of a row r (1, f).
 
-    C is the covariance of the residuals. The Cholesky factor M of its inverse does it: with
-    C^-1 = M M^T, ‖r M‖² = r M M^T r^T.
+    C is the covariance of the residuals, shrunk. M is the Cholesky factor of its inverse, so that
+    C^-1 = M M^T and ‖r M‖² = r M M^T r^T = r C^-1 r^T: scale is M.
     """
-    C = residuals.T @ residuals / len(residuals)
-    # Few samples make some directions look too certain: shrink a tenth towards the diagonal.
-    variances = C.diagonal()
+    covariance = residuals.T @ residuals / len(residuals)
+    variances = covariance.diagonal()
     least = 1e-6 * variances.max() + 1e-30  # for a constant feature, whose variance is 0
-    C = 0.9 * C + 0.1 * variances.clamp_min(least).diag()
+    # Few samples make some directions look too certain: a tenth of C is diagonal.
+    C = 0.9 * covariance + 0.1 * variances.clamp_min(least).diag()
     return torch.linalg.cholesky(torch.linalg.inv(C))
 
 
