@@ -332,8 +332,9 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: where its rule asks for fewer directions than a basis has, as it mostly
-    #    does, the basis keeps its size (least). Else each merge would keep 0.6 of 0.6 of …
+    # 3. Phase 1 again. Ours: where its rule asks for fewer directions than a basis has, which is so
+    #    in most merges, the basis keeps its size (least). Else each merge would keep 60 % of what
+    #    the one before had kept: 0.6, 0.36, 0.22, …
     return build_layer(pairs, variance, k, stacking, least=(beta.shape[1], alpha.shape[1]))
 
 
@@ -437,7 +438,7 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # accelerate may have left nn.Linear's forward as an attribute: it would hide the class's
+            # nn.Linear's forward, as an attribute that accelerate left, would hide ShareLinear's
             vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
