@@ -12,8 +12,8 @@ two bases, which all tasks have in common. A task then consists of its coefficie
     eps_beta, eps_alpha  kβ × p, kα × p    one task's coefficients; p, the pseudo-rank, may differ
 
 Phase 1 makes the bases: they are the main directions of the factors of some finished adapters.
-Phase 2 learns a new task: its coefficients are trained while the bases are frozen. Where the
-bases are too narrow, phi temporary columns beside each basis are trained, too, and merged later.
+Phase 2 learns a new task: its coefficients are trained while the bases are frozen. With phi > 0,
+for bases that are too narrow, phi temporary columns beside each basis are trained as well.
 Phase 3 merges new adapters into the bases and projects every task onto them again.
 
     adapters = [Adapter({"head": (torch.randn(64, 4), torch.randn(4, 64))}) for _ in range(3)]
@@ -27,7 +27,7 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. By default that is:
 - The mean that phase 1 subtracts is kept, as one more direction of the basis (with_mean).
-- A merge by variance leaves each basis at least as large as it was (merge_layer).
+- A merge by variance makes no basis smaller than it was (keep_sizes).
 - `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
 """
 
@@ -69,9 +69,6 @@ class Adapter:
 class ShareLinear(nn.Linear):
     """h = W0 x + (beta eps_beta)(alpha eps_alpha)^T x; `Share.attach` makes it of an nn.Linear."""
 
-    share: "Share"  # both are set by attach
-    layer: str  # its name in the share
-
     def forward(self, input):
         follow_weight(self)  # the bases come along, if the model has moved to another device
         h = super().forward(input)  # W0 x, plus the layer's bias
@@ -99,74 +96,68 @@ def lora_factors(bases, eps):
 def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=None):
     """Phase 1: a share of {task: Adapter}, one or more.
 
-    variance, k: see `build_basis`; the paper's 0.6 may keep little, see `retained`. stack: the
-    paper's "factors", or "updates", see `update_stacks`. p: the pseudo-rank, to which tasks are
-    cut; None does not cut. Later merges go by the same variance, but not by k.
+    variance, k: see `build_basis`; the paper's 0.6 may keep little, see `retained`. Later merges go
+    by the same variance. stack: the paper's "factors", or "updates", see `update_stacks`.
+    p: the pseudo-rank, to which tasks are cut; None does not cut.
     """
     check_numbers(variance, k=k, p=p)
     share = cls(variance, stack)
     bases = {}
     coefficients = {}
     for layer, pairs in share._pairs_by_layer(adapters).items():  # pairs: {task: (B, A^T)}
-        bases[layer], by_task = build_layer(pairs, variance, k, stack)
+        bases[layer], by_task = build_layer(pairs, variance, (k, k), stack)
         coefficients[layer] = {task: best_rank(eps, p) for task, eps in by_task.items()}
     share._store(adapters, bases, coefficients)
     return share
 
 
-def build_layer(pairs, variance, k, stacking, least=(0, 0)):
+def build_layer(pairs, variance, sizes, stacking):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    stacking: "factors" or "updates". variance, k: see `build_basis`. least: for each side.
+    sizes: the k of beta and of alpha; None: by variance. stacking: "factors", or (ours) "updates".
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
     if stacking == "factors":
         Bs = torch.cat([B for B, _ in pairs.values()], dim=1)
         A_Ts = torch.cat([A_T for _, A_T in pairs.values()], dim=1)
-        centre = True
-    else:  # ours, "updates": other columns in place of B and A^T
+    else:  # ours: other columns in place of them
         Bs, A_Ts = update_stacks(pairs)
-        centre = False
     # 2. Take the main directions of each.
-    beta = build_basis(Bs, variance, k, centre=centre, least=least[0])
-    alpha = build_basis(A_Ts, variance, k, centre=centre, least=least[1])
+    centre = stacking == "factors"  # the mean of the others is arbitrary, see update_stacks
+    beta = build_basis(Bs, variance, sizes[0], centre=centre)
+    alpha = build_basis(A_Ts, variance, sizes[1], centre=centre)
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project((beta, alpha), pair) for task, pair in pairs.items()}
     return (beta, alpha), coefficients
 
 
-def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
+def build_basis(stack, variance=0.6, k=None, *, centre=True):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    variance: take the fewest directions that explain this part, see `by_variance`, as for centre.
-    k, ours: take this many directions of the columns as they are, or all, if there are fewer.
-    least, ours, for merges: where variance gives fewer than that, take k = least.
+    variance, the paper's: subtract the mean column, and take the fewest directions that explain
+    this part of the rest. Ours: then add the mean's direction, see `with_mean`.
+    k, ours: in place of that, the first k directions of the columns with their mean, or all, if
+    there are fewer. Of all bases of k directions this one holds most of the columns.
+    centre=False, ours: by variance, but of the columns with their mean.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_stack(stack, variance, k)
     X = stack.double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    if k is None:
-        basis = by_variance(X, rounding, variance, centre)
-        if basis.shape[1] < least:  # ours
-            basis = main_directions(X, rounding, k=least)
-    else:  # ours
+    if k is not None:  # ours
         basis = main_directions(X, rounding, k=k)
+    elif centre:  # the paper's
+        # 1. Subtract the mean column.
+        mean = X.mean(dim=1, keepdim=True)
+        # 2. Take the main directions of the rest.
+        basis = main_directions(X - mean, rounding, variance)
+        # 3. Ours: add the mean's direction.
+        basis = with_mean(basis, mean, X)
+    else:  # ours
+        basis = main_directions(X, rounding, variance)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
-
-
-def by_variance(X, rounding, variance, centre):
-    """The paper's basis of the columns X. Ours: with the mean; centre=False leaves out 1 and 3."""
-    if not centre:  # ours
-        return main_directions(X, rounding, variance)
-    # 1. Subtract the mean column.
-    mean = X.mean(dim=1, keepdim=True)
-    # 2. Take the main directions of the rest.
-    basis = main_directions(X - mean, rounding, variance)
-    # 3. Ours: add the mean's direction.
-    return with_mean(basis, mean, X)
 
 
 def main_directions(X, rounding, variance=None, k=None):
@@ -174,10 +165,7 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    if X.shape[0] < X.shape[1]:
-        # For speed only: with X^T = Q R, X = R^T Q^T, so R^T (n, n) has the U and S of X.
-        X = torch.linalg.qr(X.T, mode="r").R.T
-    U, S, _ = torch.linalg.svd(X, full_matrices=False)
+    U, S = left_svd(X)
     if k is None:
         explained = (S**2).cumsum(0)  # by the first direction, by the first two, …
         wanted = (variance - 1e-12) * (S**2).sum()  # so that 0.5999999999999999 passes for 0.6
@@ -188,10 +176,7 @@ def main_directions(X, rounding, variance=None, k=None):
 
 
 def project(bases, pair):
-    """The coefficients of a pair (B, A^T): eps_beta = beta^T B, and eps_alpha = alpha^T A^T.
-
-    It is the paper's (beta^T beta)^-1 beta^T B, as beta^T beta = 1.
-    """
+    """The coefficients of (B, A^T): the paper's (beta^T beta)^-1 beta^T B, as beta^T beta = 1."""
     beta, alpha = bases
     B, A_T = pair
     return matmul64(beta.T, B), matmul64(alpha.T, A_T)
@@ -233,10 +218,10 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     # 1. Start: coefficients of N(0, sigma²) and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
-    # 2. The caller's loop trains the copy, while all else is frozen.
+    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen.
     with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
-    # 3. Keep the layers that have moved. One that the loss never reached is at its random start.
+    # 3. Keep the layers that have moved. Others, which the loss never reached, hold random numbers.
     ends = moved_layers(task, start, trained)
     if phi == 0:
         share._keep(task, ends)
@@ -247,6 +232,24 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
         share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
     else:  # the paper's
         share.merge({task: Adapter(factors)})
+
+
+def start_layer(bases, p, phi, sigma, generator):
+    """The parameters of a new task in one layer, at their start, as `learned_factors` takes them.
+
+    Coefficients are N(0, sigma²) on both sides, as in the paper: ΔW is small, but not 0 as LoRA's.
+    Temporary columns are N(0, 1 / rows), of norm near 1; the paper leaves it open.
+    """
+    beta, alpha = bases
+    parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
+    for name, basis in (("beta", beta), ("alpha", alpha)):
+        rows, k = basis.shape
+        eps = sigma * torch.randn(k + phi, p, generator=generator, device="cpu")
+        parameters[f"eps_{name}"] = eps.to(basis)
+        if phi > 0:
+            columns = torch.randn(rows, phi, generator=generator, device="cpu") / rows**0.5
+            parameters[f"columns_{name}"] = columns.to(basis)
+    return parameters
 
 
 @contextlib.contextmanager
@@ -298,32 +301,31 @@ def learned_factors(bases, parameters):
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}. The layers that they have get new bases and coefficients.
 
-    Earlier tasks may change, see `retained`.
-    variance: see `build_basis`; None is the share's. No basis gets smaller by it (ours), unless its
-    tasks span fewer directions, as after `remove`. k: the size, in place of it; it may be smaller.
-    grow=True (ours): bases and earlier tasks stay, see `grow_layer`, also for variance and k.
+    Earlier tasks may lose a part, see `retained`.
+    variance: see `build_basis`; None is the share's. Ours: it makes no basis smaller, unless its
+    tasks span fewer directions, as after `remove`. k, ours: the new size, which may be smaller.
+    grow=True, ours: bases and earlier tasks stay, see `grow_layer`, also for variance and k.
     """
     if variance is None:
         variance = share.variance
     check_numbers(variance, k=k)
-    rule = {"variance": variance, "k": k, "stacking": share.stacking}
     bases = {}
     coefficients = {}
     for layer, new in share._pairs_by_layer(adapters).items():
         if layer not in share.bases:  # a new layer: phase 1
-            merged = build_layer(new, **rule)
-        elif grow:  # ours
-            merged = grow_layer(share.bases[layer], share.coefficients[layer], new, **rule)
-        else:  # the paper's: merge_layer, below, which merge_short calls with shorter columns
-            merged = merge_short(share.bases[layer], share.coefficients[layer], new, **rule)
+            merged = build_layer(new, variance, (k, k), share.stacking)
+        else:  # the paper's merge_layer, made fast, or ours
+            method = grow_layer if grow else merge_short
+            old = share.coefficients[layer]
+            merged = method(share.bases[layer], old, new, variance, k, share.stacking)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
 
-def merge_layer(bases, old, new, variance, k, stacking):
+def merge_layer(bases, old, new, variance, sizes, stacking):
     """Phase 3 for one layer: its new bases, and the coefficients of all tasks in them.
 
-    old: {task: (eps_beta, eps_alpha)} in the bases. new: {task: (B, A^T)}.
+    old: {task: (eps_beta, eps_alpha)} in the bases. new: {task: (B, A^T)}. sizes: of the new bases.
     """
     beta, alpha = bases
     # 1. Rebuild the factors of the old tasks.
@@ -332,39 +334,55 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: where its rule asks for fewer directions than a basis has, which is so
-    #    in most merges, the basis keeps its size (least). Else each merge would keep 60 % of what
-    #    the one before had kept: 0.6, 0.36, 0.22, …
-    return build_layer(pairs, variance, k, stacking, least=(beta.shape[1], alpha.shape[1]))
+    # 3. Phase 1 again.
+    return build_layer(pairs, variance, sizes, stacking)
 
 
-# --- Part 2, everything else. Behind merge
-def merge_short(bases, old, new, **rule):
-    """merge_layer(bases, old, new, **rule), the same up to signs, fast for many old tasks.
+# --- Part 2, everything else. Behind merge: merge_short calls keep_sizes, and this merge_layer
+def merge_short(bases, old, new, variance, k, stacking):
+    """keep_sizes(bases, old, new, …), the same up to signs, fast for many old tasks.
 
-    All columns that it stacks, 4,000 for 500 old tasks of rank 8, are sums of the columns of beta
-    and of the new B's, say 32 and 8. Let Q (n, 40) be orthonormal with the same span. A column is
-    then x = Q y, and y = Q^T x has 40 numbers in place of n. Q keeps lengths and angles, so the y
-    can be merged in place of the x:
+    Each merge stacks all tasks' columns: 4,000 of n numbers for 500 tasks of rank 8. But an old one
+    is beta times coefficients, so that all lie in the span of beta and of the new B's, which has,
+    say, 32 + 8 = 40 dimensions. Let Q (n, 40) be an orthonormal basis of it. Then each column is
+    x = Q y, and y = Q^T x has 40 numbers. The y are merged:
 
-        stack         X = Q Y, so the mean of the x is Q times the mean of the y
-        basis         if Y = U S V^T, then X = (Q U) S V^T: the basis of the x is Q U
-        coefficients  (Q U)^T x = U^T y: those of the y as they are
+        mean          mean(x) = Q mean(y)
+        basis         Y = U S V^T gives X = Q Y = (Q U) S V^T: multiply it by Q
+        coefficients  (Q U)^T x = U^T y: they stay
     """
     # 1. Find Q for each side.
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
-    # 2. Take y = Q^T x of the bases and of the new factors. The old coefficients stay.
+    # 2. Take y = Q^T x of the bases and of the new factors.
     short_bases = matmul64(Q_beta.T, beta), matmul64(Q_alpha.T, alpha)
     short_new = {}
     for task, (B, A_T) in new.items():
         short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
     # 3. Merge the y.
-    (short_beta, short_alpha), coefficients = merge_layer(short_bases, old, short_new, **rule)
+    short_bases, coefficients = keep_sizes(short_bases, old, short_new, variance, k, stacking)
     # 4. Go back: x = Q y.
+    short_beta, short_alpha = short_bases
     long_bases = matmul64(Q_beta, short_beta).to(beta), matmul64(Q_alpha, short_alpha).to(alpha)
     return long_bases, coefficients
+
+
+def keep_sizes(bases, old, new, variance, k, stacking):
+    """merge_layer; but if k is None, it is done again with the old size for a basis that shrinks.
+
+    Without this, a merge by variance = 0.6 would keep 60 % of what the one before had kept.
+    """
+    merged = merge_layer(bases, old, new, variance, (k, k), stacking)
+    new_bases, _ = merged
+    sizes = [k, k]
+    for side in (0, 1):
+        old_size = bases[side].shape[1]
+        if k is None and new_bases[side].shape[1] < old_size:
+            sizes[side] = old_size
+    if sizes == [k, k]:
+        return merged
+    return merge_layer(bases, old, new, variance, sizes, stacking)
 
 
 def orthonormal(matrices):
@@ -758,6 +776,15 @@ def squared_norm(adapter):
     return total
 
 
+def left_svd(X):
+    """U and S of the SVD X = U S V^T. A wide X is made square before, for speed only."""
+    if X.shape[0] < X.shape[1]:
+        R = torch.linalg.qr(X.T, mode="r").R
+        X = R.T  # X^T = Q R, so X = R^T Q^T, and R^T has the same U and S
+    U, S, _ = torch.linalg.svd(X, full_matrices=False)
+    return U, S
+
+
 def best_rank(eps, p):
     """Coefficients with at most p columns, with the least change of ΔW.
 
@@ -769,8 +796,8 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     if 0 in (len(eps_beta), len(eps_alpha)):
-        # A basis is empty, so ΔW is 0, whatever the columns. To `save`, a task without any is one
-        # that lacks the layer.
+        # A basis is empty, so ΔW is 0, and the SVD would give no column. But a task needs one: in a
+        # file, none stands for a task that lacks the layer.
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
@@ -785,7 +812,8 @@ def with_mean(basis, mean, X):
     `project` does not subtract the mean, so the basis has to hold it. It may do so already.
     """
     missing = mean - basis @ (basis.T @ mean)
-    # Compare it with a typical column: of columns that cancel, the mean is rounding alone.
+    # Is it more than rounding? Compare it with a typical column, not with the mean: that of columns
+    # which cancel is rounding itself.
     column_norm = X.norm() / X.shape[1] ** 0.5  # root mean square
     if missing.norm() <= ROUNDING * column_norm:
         return basis
@@ -793,16 +821,15 @@ def with_mean(basis, mean, X):
 
 
 def update_columns(B, A_T):
-    """Ours: C (n, r) and D (d, r), which depend on ΔW = B A, and not on how it is split.
+    """Ours: C (n, r) and D (d, r), with the main directions of ΔW = B A and of its transpose.
 
-    For any invertible G, B G and G^-1 A have the same ΔW, but other main directions. With the QR
-    decompositions A^T = Q_A R_A and B = Q_B R_B
+    Those of B and A^T depend on how ΔW is split: for any invertible G, B G and G^-1 A have the same
+    ΔW. With the QR decompositions A^T = Q_A R_A and B = Q_B R_B
 
-        ΔW   = B A     = B R_A^T Q_A^T    = C Q_A^T  for  C = B R_A^T
-        ΔW^T = A^T B^T = A^T R_B^T Q_B^T  = D Q_B^T  for  D = A^T R_B^T
+        ΔW   = B A     = (B R_A^T) Q_A^T    so  C = B R_A^T    has  C C^T = ΔW ΔW^T
+        ΔW^T = A^T B^T = (A^T R_B^T) Q_B^T  so  D = A^T R_B^T  has  D D^T = ΔW^T ΔW
 
-    As Q_A and Q_B have orthonormal columns, C has the left singular vectors of ΔW, D the right
-    ones, and both its singular values.
+    So C has the left singular vectors of ΔW, D the right ones, and both its singular values.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
@@ -812,20 +839,23 @@ def update_columns(B, A_T):
 def update_stacks(pairs):
     """Ours, for "updates": the tasks' C side by side, and their D, each of norm 1.
 
-    No mean is subtracted: C O, for any rotation O, would do as well as C, and has another mean.
+    Another split of the same ΔW may rotate C to C O. This changes its mean, but not C C^T, and so
+    not the main directions. That is why `build_layer` does not subtract the mean of these stacks.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
     return side_by_side([C for C, _ in updates]), side_by_side([D for _, D in updates])
 
 
 def side_by_side(matrices):
-    """Matrices (n, r) as one (n, m), each divided by its norm: all tasks weigh the same.
+    """Matrices (n, r) as one (n, m), each divided by its norm, so that all tasks weigh the same.
 
-    Below ROUNDING times the largest norm, one may be rounding alone, and is not made that large.
+    One with less than ROUNDING times the largest norm may be rounding alone. It is divided by this
+    limit, and so stays small.
     """
     norms = torch.stack([matrix.norm() for matrix in matrices])
-    if norms.max() > 0:
-        norms = norms.clamp_min(ROUNDING * norms.max())
+    largest = norms.max()
+    if largest > 0:
+        norms = norms.clamp_min(ROUNDING * largest)
         matrices = [matrix / norm for matrix, norm in zip(matrices, norms, strict=True)]
     return torch.cat(matrices, dim=1)
 
@@ -849,8 +879,9 @@ def grow_layer(bases, old, new, variance, k, stacking):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. With "updates" beta need not hold all of B. Yet, by variance=1.0, it
-    #    holds the columns of ΔW, and alpha the rows: beta beta^T B A alpha alpha^T = ΔW.
+    # 3. Project the new tasks. With "updates" beta may lack a part of B, which A cancels in B A.
+    #    Nothing is lost: if variance is 1, beta holds the columns of ΔW = B A, alpha the rows, and
+    #    beta beta^T ΔW alpha alpha^T = ΔW.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -868,8 +899,8 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # A float32 b has b^T b = 1 only to 1e-7. Without the inverse that much of the inside would
-    # stay, and what is outside counts from 1e-6 on (rounding).
+    # A float32 b has b^T b = 1 only to 1e-7. Without the inverse a small part outside would not be
+    # orthogonal to b.
     outside = X - b @ torch.linalg.solve(b.T @ b, b.T @ X)
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
     if k is None:
@@ -905,24 +936,6 @@ def stack_padded(matrices):
 
 
 # --- Behind attach and learn
-def start_layer(bases, p, phi, sigma, generator):
-    """The parameters of a new task in one layer, at their start, as `learned_factors` takes them.
-
-    Coefficients are N(0, sigma²) on both sides, as in the paper: ΔW is small, but not 0 as LoRA's.
-    Temporary columns are N(0, 1 / rows), of norm near 1; the paper leaves it open.
-    """
-    beta, alpha = bases
-    parameters = nn.ParameterDict()  # it makes a Parameter of each tensor
-    for name, basis in (("beta", beta), ("alpha", alpha)):
-        rows, k = basis.shape
-        eps = sigma * torch.randn(k + phi, p, generator=generator, device="cpu")
-        parameters[f"eps_{name}"] = eps.to(basis)
-        if phi > 0:
-            columns = torch.randn(rows, phi, generator=generator, device="cpu") / rows**0.5
-            parameters[f"columns_{name}"] = columns.to(basis)
-    return parameters
-
-
 def moved_layers(task, start, trained):
     """{layer: {name: tensor}} of the layers in which a parameter has another value now."""
     moved = {}
@@ -964,12 +977,18 @@ def frozen(model):
             if name in flags:
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
-            # One that was made anew, in another shape, stays as it is.
-            if name in buffers and buffer.shape == buffers[name].shape:
-                # A buffer made in inference mode can be written only in it, and an expanded one not
-                # at all, by nobody. An error here must not lose what was trained: suppress it.
-                with torch.inference_mode(), contextlib.suppress(RuntimeError):
-                    buffer.copy_(buffers[name])
+            if name in buffers and buffer.shape == buffers[name].shape:  # another shape: a new one
+                put_back(buffer, buffers[name])
+
+
+def put_back(buffer, value):
+    """buffer.copy_(value); or nothing, where PyTorch refuses, as the training must not be lost.
+
+    A buffer that was made in inference mode can be written only in it. Others can be written there,
+    too, and stay as they are. An expanded buffer cannot be written at all.
+    """
+    with torch.inference_mode(), contextlib.suppress(RuntimeError):
+        buffer.copy_(value)
 
 
 def no_fast_path(linear, inputs):
@@ -1044,8 +1063,8 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # A hook of accelerate sets a forward on the layer itself, which is refused. When it is removed,
-    # it sets that of the class, which is accepted, and dropped by attach and detach.
+    # accelerate's offload sets a forward on the layer itself: refused. When its hook is removed,
+    # the class's own forward is left there: accepted; attach and detach remove it.
     is_own = getattr(linear.forward, "__func__", None) is cls.forward
     if isinstance(linear, nn.Linear) and weight is None:
         reason = "its weight is computed, as by pruning; make it permanent first"

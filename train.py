@@ -16,7 +16,9 @@ of their B and A (stack="factors"). The experiment is `compare`.
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
 16. The base model is pre-trained with the key in clear in front of the message. A task is one
-secret key behind an opaque tag, so that an adapter must hold the key. Chance is 1/16.
+secret key. Its prompts have, in place of the key, a tag, of which pre-training has seen nothing: an
+adapter must hold the key. (Only one adapter for all tasks, and the Router, need the tag.) Chance is
+1/16.
 
 Tokens 0 to 15 are the letters, 16 to 31 the same letters as a key in clear, 32 + t is the tag of
 task t. A prompt for the key 3 0 15, in clear and as that of task 1, and the answer to both:
@@ -90,8 +92,8 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 
 
 # --- The data, the loss and the base model
-# Each use of random numbers has its own stream, so that none depends on what ran before. Streams
-# 0, 1, … are for training on that task, and the number of tasks is for training on all at once.
+# Streams of prompts. 0, 1, … are for training on that task, and the number of tasks is for training
+# on all at once. (Models, adapters, coefficients and random bases have seeds apart from these.)
 PRETRAINING = 98
 KEYS_AND_TESTS = 99
 
@@ -147,7 +149,8 @@ def fit(model, batches, lr, last_lr=0.0):
 def pretrain(s):
     """The base model, which deciphers with any key in clear, and prompts to test that."""
     torch.manual_seed(s.seed)
-    model = ToyTransformer(2 * LETTERS + s.first + s.later, s.width, length=KEY + MESSAGE)
+    vocabulary = 2 * LETTERS + s.first + s.later  # letters, keys in clear, tags
+    model = ToyTransformer(vocabulary, s.width, length=KEY + MESSAGE)
     generator = new_generator(s, PRETRAINING)
 
     def batch_in_clear(size):
@@ -215,7 +218,7 @@ class Experiment:
         self.names = [f"task {t}" for t in range(len(self.keys))]
         self.tests = []  # a batch for each task
         for t in range(len(self.keys)):
-            tags = torch.full((s.test,), t)
+            tags = torch.full((s.test,), t)  # all prompts are of this task
             self.tests.append(make_batch(generator, self.keys[tags], tags))
         self.base, self.clear_test = pretrain(s)
         self.base_accuracies = self.accuracies(self.base)
@@ -241,8 +244,11 @@ class Experiment:
         return [accuracy(model, test) for test in self.tests]
 
     def after_task(self, method, t, matrix, learned):
-        """Add row t to the matrix, and print a line. learned: the accuracies on tasks 0 to t."""
-        not_yet = self.base_accuracies[t + 1 :]  # later tasks have only the base
+        """Add row t to the matrix, and print a line. learned: the accuracies on tasks 0 to t.
+
+        A later task counts as the base has it, also where one LoRA is on for all tasks.
+        """
+        not_yet = self.base_accuracies[t + 1 :]
         matrix.append(learned + not_yet)
         so_far = mean(learned)
         print(
@@ -286,16 +292,16 @@ class Experiment:
     def learn_task(self, share, model, t, p, phi=0, grow=True):
         """Learn task t; returns how many numbers were trained.
 
-        phi = 0  The bases stay as they are. Trained are eps_beta and eps_alpha, (k, p) each:
-                     B = beta eps_beta  and  A = (alpha eps_alpha)^T
-        phi > 0  Trained are, too, phi temporary columns C beside each basis:
-                     B = [beta, C] eps_beta  with  eps_beta (k + phi, p);  A likewise.
-                 Afterwards C is merged into beta:
-          grow=True   ours: columns are added to beta until it holds C; earlier ΔW stay
+        phi = 0, phase 2  The bases stay. Trained are eps_beta and eps_alpha, (k, p) each:
+                              B = beta eps_beta  and  A = (alpha eps_alpha)^T
+        phi > 0, phase 3  Trained are, too, phi temporary columns C beside each basis:
+                              B = [beta, C] eps_beta  with  eps_beta (k + phi, p);  A likewise.
+                          Then C is merged into beta:
+          grow=True   ours: beta gets the directions of C that it lacks; no earlier ΔW changes
           grow=False  the paper's: a new beta from the B of all tasks; earlier ΔW may change
         """
         s = self.s
-        seed = 100 * s.seed + t
+        seed = 100 * s.seed + t  # of the start of the coefficients and of C
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
             # In this block only the coefficients, and C, require gradients.
             trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
@@ -313,7 +319,7 @@ class Experiment:
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
         """Learn the tasks from number len(first_rows) on. Returns the attached model and the row.
 
-        first_rows: rows of the accuracy matrix, one for each task that the share has.
+        first_rows: the matrix's rows of the tasks that the share has, which others have trained.
         """
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
@@ -411,26 +417,30 @@ def check(methods):
         if name in methods:  # the latter two with --all
             claim(f"{name}: ACC / lora_per_task's", methods[name]["acc"] / lora["acc"], least=0.98)
             claim(f"{name}: forgetting", methods[name]["forgetting"], most=most)
-    if "share_routed" in methods:  # with --all
+    if "random_basis" in methods:
         claim("random_basis: ACC - share's", methods["random_basis"]["acc"] - share["acc"], most=0)
+    if "share_routed" in methods:
         routed = methods["share_routed"]
         claim("share_routed: ACC - share's", routed["acc"] - share["acc"], least=-0.01)
         claim("share_routed: base accuracy kept", routed["base_kept"], least=0.95)
 
 
 def break_even(methods, other, first):
-    """The least number of tasks, from `first` on, for which Share stores less; None if for none.
+    """The least number of tasks t, from `first` on, for which Share stores less; None if for none.
 
-    For t tasks Share stores fixed + t share_each, and LoRAs store t lora_each.
+    Share stores fixed + t share_each, and LoRAs store t lora_each. Share stores less if
+
+        t > fixed / (lora_each - share_each)
+
     """
     share = methods["share"]
+    tasks = len(share["accuracy_matrix"])
     share_each = share["trained_per_task"]  # a later task stores what it trains
-    lora_each = methods[other]["trained_per_task"]
-    # the bases, and what the first tasks store more than later ones
-    fixed = share["stored"] - len(share["accuracy_matrix"]) * share_each
-    if lora_each <= share_each:
+    fixed = share["stored"] - tasks * share_each  # bases, and what the first tasks store more
+    saved_each = methods[other]["trained_per_task"] - share_each
+    if saved_each <= 0:
         return None
-    return max(first, math.floor(fixed / (lora_each - share_each)) + 1)
+    return max(first, math.floor(fixed / saved_each) + 1)
 
 
 def spread(values, digits):
@@ -476,7 +486,8 @@ def other_rows(e, built, share, model):
     rows["share_routed"] = share_routed(e, share, model)
     # the mean of all tasks' ΔW, as one more task
     average(share, e.names, "average")
-    # one set of coefficients for all tasks: phase 2 on all of them at once, by share.py's own loop
+    # One set of coefficients for all tasks: phase 2 on all of them at once. train_coefficients is
+    # share.learn around a loop such as that of `fit`.
     mixture = e.mixed_batches(s.joint_steps)
     settings = dict(p=s.general_p, lr=s.lr, seed=s.seed)
     train_coefficients(share, model, "general", mixture, loss_fn, **settings)
@@ -490,7 +501,7 @@ def other_rows(e, built, share, model):
 def random_bases(share, seed):
     """A share without tasks, with random orthonormal bases of the same sizes."""
     share = copy.deepcopy(share)
-    for name in share.tasks:
+    for name in list(share.tasks):
         share.remove(name)
     torch.manual_seed(seed)
     for layer, bases in share.bases.items():
@@ -526,7 +537,7 @@ def sweep(s):
     """The ablations: two new tasks, learned in bases of several kinds and in several ways."""
     e = Experiment(s)
     adapters = {}
-    for t, name in enumerate(e.names[: s.first]):
+    for t, name in enumerate(e.names[: s.first]):  # the adapters that `compare` has, by their name
         lora, _ = e.train_lora("lora_per_task", t, s.r, s.lora_lr)
         adapters[name] = lora_adapter(lora)
     print("\nfrom   how many tasks made the bases; 0: random ones of the sizes in the line before")
@@ -569,11 +580,15 @@ def ablation(e, built, p, phi=0, grow=True):
 def scaling(seed, counts, n=1024, r=8):
     """The costs of building and merging, by the number of tasks, at Share's defaults."""
     torch.manual_seed(seed)
-    spans = [torch.linalg.qr(torch.randn(n, 32)).Q for _ in range(2)]
+    B_span = torch.linalg.qr(torch.randn(n, 32)).Q  # 32 directions that all tasks share
+    A_span = torch.linalg.qr(torch.randn(n, 32)).Q
 
-    def new_adapter():  # r columns a side, in the 32 directions that all tasks share, and noise
-        B, A_T = [span @ torch.randn(32, r) + 0.02 * torch.randn(n, r) for span in spans]
-        return Adapter({"0": (B, A_T.T)})
+    def columns_in(span):
+        """(n, r), in the span but for a little noise."""
+        return span @ torch.randn(32, r) + 0.02 * torch.randn(n, r)
+
+    def new_adapter():
+        return Adapter({"0": (columns_in(B_span), columns_in(A_span).T)})  # B and A of layer "0"
 
     print(f"one layer of {n} × {n}, adapters of rank {r}, variance 0.6, stack 'factors'")
     print("build      seconds of phase 1")
@@ -615,11 +630,12 @@ def load_and_merge_as_published(path, adapter):
     return new_coefficients(B_stack, beta.shape[1]), new_coefficients(A_stack, alpha.shape[1])
 
 
-def new_coefficients(stack, k):
-    """The coefficients (k, m) of columns (n, m) in the paper's new basis of them, of k columns."""
-    centred = stack - stack.mean(1, keepdim=True)  # to find the basis, but not to project
+def new_coefficients(columns, k):
+    """Columns (n, m) -> their coefficients (k, m) in a new basis of k directions, as published."""
+    centred = columns - columns.mean(1, keepdim=True)
     U, _, _ = torch.linalg.svd(centred, full_matrices=False)
-    return U[:, :k].T @ stack
+    basis = U[:, :k]  # of the centred columns
+    return basis.T @ columns  # but these are not centred
 
 
 def svg(methods, seed):
@@ -663,7 +679,8 @@ PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Options that `save_peft` leaves out:
 PEFT_DROPPED = ["eva_config", "corda_config", "loftq_config"]  # they are for the start of training
 PEFT_DROPPED += ["rank_pattern", "alpha_pattern"]  # all layers get one rank, and scaling 1
-PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]  # see peft_targets
+PEFT_DROPPED += ["exclude_modules", "layers_to_transform"]  # see peft_targets
+PEFT_DROPPED += ["layers_pattern"]  # it goes with layers_to_transform
 PEFT_NAME = r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>A|B)(?:\.default)?\.weight"
 
 
@@ -774,11 +791,13 @@ def save_peft(adapter, directory):
 
 
 def peft_targets(adapter):
-    """target_modules to save: the old value, if it names all layers and no more, else a pattern."""
+    """target_modules to save: the old value if it still fits, else a pattern that lists the layers.
+
+    It fits if it names all layers, and exclude_modules or layers_to_transform did not narrow it.
+    `save_peft` drops these two, as PEFT refuses one of them beside a pattern.
+    """
     layers = list(adapter.factors)
     pattern = "|".join(re.escape(layer) for layer in layers)
-    # `save_peft` drops these two, as PEFT refuses one of them beside a pattern. If they narrowed
-    # the old value, it alone names too many layers.
     for key in ("exclude_modules", "layers_to_transform"):
         if adapter.config.get(key) not in (None, [], ""):  # 0 narrows it, too: to layer 0
             return pattern
@@ -819,9 +838,8 @@ class Router:
                 size = tuple(x.shape)
                 raise ValueError(f"task {task!r}: features {size} are not finite, (N >= 2, f)")
         samples = [x.double() for x in features.values()]
-        # How far a sample is from the mean of the other N - 1 of its task. The mean of all N is
-        # nearer, as the sample is one of them: x - (sum - x) / (N - 1) = (x - mean) N / (N - 1).
-        residuals = torch.cat([(x - x.mean(0)) * len(x) / (len(x) - 1) for x in samples])
+        # each sample minus the mean of the other N - 1 of its task, as that of all N has it in it
+        residuals = torch.cat([x - (x.sum(0) - x) / (len(x) - 1) for x in samples])
         scale = whitening(residuals)
         means = torch.stack([x.mean(0) for x in samples]) @ scale
         own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)  # 98 % are nearer
@@ -847,15 +865,16 @@ class Router:
 
 
 def whitening(residuals):
-    """scale (f, f), with which the length of r scale is the Mahalanobis distance of a row r (1, f).
+    """scale (f, f): the length of the row r scale is the Mahalanobis distance of r.
 
-    C is the covariance of the residuals, shrunk. M is the Cholesky factor of its inverse, so that
-    C^-1 = M M^T and ‖r M‖² = r M M^T r^T = r C^-1 r^T: scale is M.
+        ‖r M‖² = r M M^T r^T = r C^-1 r^T,  so scale is M, the Cholesky factor of C^-1,
+
+    where C is the covariance of the residuals (N, f). A tenth of it is replaced by its diagonal, as
+    few samples make some directions look too certain.
     """
     covariance = residuals.T @ residuals / len(residuals)
     variances = covariance.diagonal()
     least = 1e-6 * variances.max() + 1e-30  # for a constant feature, whose variance is 0
-    # Few samples make some directions look too certain: a tenth of C is diagonal.
     C = 0.9 * covariance + 0.1 * variances.clamp_min(least).diag()
     return torch.linalg.cholesky(torch.linalg.inv(C))
 
