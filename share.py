@@ -25,7 +25,7 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     print(share.retained())  # the part of each task's ΔW that is left: with variance=1.0 all of it
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
-Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. By default that is:
+Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. On by default:
 - The mean that phase 1 subtracts is kept, as one more direction of the basis (with_mean).
 - A merge by variance makes no basis smaller than it was (keep_sizes).
 - `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
@@ -121,10 +121,11 @@ def build_layer(pairs, variance, sizes, stacking):
     if stacking == "factors":
         Bs = torch.cat([B for B, _ in pairs.values()], dim=1)
         A_Ts = torch.cat([A_T for _, A_T in pairs.values()], dim=1)
-    else:  # ours: other columns in place of them
+        centre = True
+    else:  # ours: other columns, whose mean says nothing
         Bs, A_Ts = update_stacks(pairs)
+        centre = False
     # 2. Take the main directions of each.
-    centre = stacking == "factors"  # the mean of the others is arbitrary, see update_stacks
     beta = build_basis(Bs, variance, sizes[0], centre=centre)
     alpha = build_basis(A_Ts, variance, sizes[1], centre=centre)
     # 3. Project the factors of each task onto the bases.
@@ -137,18 +138,15 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
 
     variance, the paper's: subtract the mean column, and take the fewest directions that explain
     this part of the rest. Ours: then add the mean's direction, see `with_mean`.
-    k, ours: in place of that, the first k directions of the columns with their mean, or all, if
-    there are fewer. Of all bases of k directions this one holds most of the columns.
-    centre=False, ours: by variance, but of the columns with their mean.
+    Ours, with k or centre=False: the mean is not subtracted. k: take the first k directions, or all
+    if there are fewer; no other k directions hold more of the columns.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_stack(stack, variance, k)
     X = stack.double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    if k is not None:  # ours
-        basis = main_directions(X, rounding, k=k)
-    elif centre:  # the paper's
+    if centre and k is None:  # the paper's
         # 1. Subtract the mean column.
         mean = X.mean(dim=1, keepdim=True)
         # 2. Take the main directions of the rest.
@@ -156,7 +154,7 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
         # 3. Ours: add the mean's direction.
         basis = with_mean(basis, mean, X)
     else:  # ours
-        basis = main_directions(X, rounding, variance)
+        basis = main_directions(X, rounding, variance, k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -228,10 +226,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
         return
     # 4. The temporary columns are in no basis. So merge B and A, made of them, as a new adapter.
     factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-    if grow:  # ours
-        share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
-    else:  # the paper's
-        share.merge({task: Adapter(factors)})
+    variance = 1.0 if grow else share.variance  # ours, or the paper's
+    share.merge({task: Adapter(factors)}, variance=variance, grow=grow)
 
 
 def start_layer(bases, p, phi, sigma, generator):
@@ -279,7 +275,7 @@ def training(share, model, task, trained):
             share.learning = None
             share.trained = {}
             for layer in trained:
-                attached[layer]._modules.pop("learned", None)  # None, if 2 has failed before
+                attached[layer]._modules.pop("learned", None)  # if 2 has failed, it is not there
 
 
 def learned_factors(bases, parameters):
@@ -306,26 +302,27 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     tasks span fewer directions, as after `remove`. k, ours: the new size, which may be smaller.
     grow=True, ours: bases and earlier tasks stay, see `grow_layer`, also for variance and k.
     """
-    if variance is None:
-        variance = share.variance
+    variance = share.variance if variance is None else variance
     check_numbers(variance, k=k)
     bases = {}
     coefficients = {}
     for layer, new in share._pairs_by_layer(adapters).items():
         if layer not in share.bases:  # a new layer: phase 1
             merged = build_layer(new, variance, (k, k), share.stacking)
-        else:  # the paper's merge_layer, made fast, or ours
-            method = grow_layer if grow else merge_short
+        elif grow:  # ours
             old = share.coefficients[layer]
-            merged = method(share.bases[layer], old, new, variance, k, share.stacking)
+            merged = grow_layer(share.bases[layer], old, new, variance, k, share.stacking)
+        else:  # the paper's: merge_layer, below. merge_short calls it with shorter columns
+            old = share.coefficients[layer]
+            merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
 
-def merge_layer(bases, old, new, variance, sizes, stacking):
+def merge_layer(bases, old, new, variance, k, stacking):
     """Phase 3 for one layer: its new bases, and the coefficients of all tasks in them.
 
-    old: {task: (eps_beta, eps_alpha)} in the bases. new: {task: (B, A^T)}. sizes: of the new bases.
+    old: {task: (eps_beta, eps_alpha)} in the bases. new: {task: (B, A^T)}.
     """
     beta, alpha = bases
     # 1. Rebuild the factors of the old tasks.
@@ -335,21 +332,39 @@ def merge_layer(bases, old, new, variance, sizes, stacking):
     # 2. Put the new ones beside them.
     pairs.update(new)
     # 3. Phase 1 again.
-    return build_layer(pairs, variance, sizes, stacking)
+    merged = build_layer(pairs, variance, (k, k), stacking)
+    if k is None:  # ours
+        merged = keep_sizes(merged, bases, pairs, variance, stacking)
+    return merged
 
 
-# --- Part 2, everything else. Behind merge: merge_short calls keep_sizes, and this merge_layer
+# --- Part 2, everything else. Behind merge
+def keep_sizes(merged, bases, pairs, variance, stacking):
+    """Ours: merged; but a basis that has become smaller is built again with its old size.
+
+    So by k, and no longer by variance: else a merge by 0.6 would keep 60 % of what the one before
+    had kept.
+    """
+    (new_beta, new_alpha), _ = merged
+    beta, alpha = bases
+    k_beta = beta.shape[1] if new_beta.shape[1] < beta.shape[1] else None
+    k_alpha = alpha.shape[1] if new_alpha.shape[1] < alpha.shape[1] else None
+    if k_beta is None and k_alpha is None:
+        return merged
+    return build_layer(pairs, variance, (k_beta, k_alpha), stacking)
+
+
 def merge_short(bases, old, new, variance, k, stacking):
-    """keep_sizes(bases, old, new, …), the same up to signs, fast for many old tasks.
+    """merge_layer(…), with the same result up to signs, but fast for many old tasks.
 
-    Each merge stacks all tasks' columns: 4,000 of n numbers for 500 tasks of rank 8. But an old one
-    is beta times coefficients, so that all lie in the span of beta and of the new B's, which has,
-    say, 32 + 8 = 40 dimensions. Let Q (n, 40) be an orthonormal basis of it. Then each column is
-    x = Q y, and y = Q^T x has 40 numbers. The y are merged:
+    merge_layer stacks the columns x of all tasks: 4,000 of n numbers for 500 tasks of rank 8. But
+    old ones are beta times coefficients. So all lie in the span of beta and of the new B's, which
+    has, say, 32 + 8 = 40 dimensions. With an orthonormal basis Q (n, 40) of it x = Q y, and
+    y = Q^T x has only 40 numbers. It is enough to merge the y:
 
-        mean          mean(x) = Q mean(y)
-        basis         Y = U S V^T gives X = Q Y = (Q U) S V^T: multiply it by Q
-        coefficients  (Q U)^T x = U^T y: they stay
+    - The mean of the x is Q times the mean of the y.
+    - If the y have the main directions U, the x have Q U: Y = U S V^T gives X = Q Y = (Q U) S V^T.
+    - The coefficients are the same: (Q U)^T x = U^T Q^T Q y = U^T y.
     """
     # 1. Find Q for each side.
     beta, alpha = bases
@@ -361,28 +376,11 @@ def merge_short(bases, old, new, variance, k, stacking):
     for task, (B, A_T) in new.items():
         short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
     # 3. Merge the y.
-    short_bases, coefficients = keep_sizes(short_bases, old, short_new, variance, k, stacking)
+    merged, coefficients = merge_layer(short_bases, old, short_new, variance, k, stacking)
     # 4. Go back: x = Q y.
-    short_beta, short_alpha = short_bases
+    short_beta, short_alpha = merged
     long_bases = matmul64(Q_beta, short_beta).to(beta), matmul64(Q_alpha, short_alpha).to(alpha)
     return long_bases, coefficients
-
-
-def keep_sizes(bases, old, new, variance, k, stacking):
-    """merge_layer; but if k is None, it is done again with the old size for a basis that shrinks.
-
-    Without this, a merge by variance = 0.6 would keep 60 % of what the one before had kept.
-    """
-    merged = merge_layer(bases, old, new, variance, (k, k), stacking)
-    new_bases, _ = merged
-    sizes = [k, k]
-    for side in (0, 1):
-        old_size = bases[side].shape[1]
-        if k is None and new_bases[side].shape[1] < old_size:
-            sizes[side] = old_size
-    if sizes == [k, k]:
-        return merged
-    return merge_layer(bases, old, new, variance, sizes, stacking)
 
 
 def orthonormal(matrices):
@@ -392,7 +390,7 @@ def orthonormal(matrices):
 
 # --- The share, which the phases fill
 class Share:
-    """The bases of all layers and the coefficients of all tasks. A ValueError changes nothing."""
+    """The bases of all layers, the coefficients of all tasks. A ValueError leaves it as it was."""
 
     # Functions of Part 1 as methods: share.learn(…) is learn(share, …).
     from_adapters = classmethod(from_adapters)
@@ -533,7 +531,7 @@ class Share:
         for layer, linear in attached.items():
             weight = linear.weight
             if layer in adapter.factors:
-                folded = weight + adapter.delta(layer).to(weight.device)
+                folded = weight.detach() + adapter.delta(layer).to(weight.device)
                 # a new Parameter: the old one may be another layer's as well
                 linear.weight = nn.Parameter(folded.to(weight.dtype), weight.requires_grad)
             linear.hook.remove()
@@ -609,8 +607,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
-        # The record's ‖ΔW‖² is of the whole task. One that is fine-tuned has layers that have not
-        # moved, extras and a config.
+        # For its record, the task as it is now: if it was fine-tuned, with its extras, its config
+        # and the layers that have not moved.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -796,8 +794,8 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     if 0 in (len(eps_beta), len(eps_alpha)):
-        # A basis is empty, so ΔW is 0, and the SVD would give no column. But a task needs one: in a
-        # file, none stands for a task that lacks the layer.
+        # A basis is empty, so ΔW is 0, and the SVD would give no columns. Keep p of them, as to
+        # `save` a task without columns is one that lacks the layer.
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
@@ -812,8 +810,7 @@ def with_mean(basis, mean, X):
     `project` does not subtract the mean, so the basis has to hold it. It may do so already.
     """
     missing = mean - basis @ (basis.T @ mean)
-    # Is it more than rounding? Compare it with a typical column, not with the mean: that of columns
-    # which cancel is rounding itself.
+    # Relative to a typical column, not to the mean: if the columns cancel, it is itself rounding.
     column_norm = X.norm() / X.shape[1] ** 0.5  # root mean square
     if missing.norm() <= ROUNDING * column_norm:
         return basis
@@ -821,15 +818,15 @@ def with_mean(basis, mean, X):
 
 
 def update_columns(B, A_T):
-    """Ours: C (n, r) and D (d, r), with the main directions of ΔW = B A and of its transpose.
+    """Ours: C (n, r) and D (d, r) with the main directions of ΔW = B A and of ΔW^T.
 
-    Those of B and A^T depend on how ΔW is split: for any invertible G, B G and G^-1 A have the same
-    ΔW. With the QR decompositions A^T = Q_A R_A and B = Q_B R_B
+    B and A^T have others: B G and G^-1 A, with any invertible G, have the same ΔW. With the QR
+    decompositions A^T = Q_A R_A and B = Q_B R_B, where Q^T Q = 1,
 
-        ΔW   = B A     = (B R_A^T) Q_A^T    so  C = B R_A^T    has  C C^T = ΔW ΔW^T
-        ΔW^T = A^T B^T = (A^T R_B^T) Q_B^T  so  D = A^T R_B^T  has  D D^T = ΔW^T ΔW
+        C = B R_A^T    has  C C^T = B R_A^T R_A B^T   = B (A A^T) B^T = ΔW ΔW^T
+        D = A^T R_B^T  has  D D^T = A^T R_B^T R_B A   = A^T (B^T B) A = ΔW^T ΔW
 
-    So C has the left singular vectors of ΔW, D the right ones, and both its singular values.
+    So both have the singular values of ΔW, C its left singular vectors, and D its right ones.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
@@ -839,8 +836,8 @@ def update_columns(B, A_T):
 def update_stacks(pairs):
     """Ours, for "updates": the tasks' C side by side, and their D, each of norm 1.
 
-    Another split of the same ΔW may rotate C to C O. This changes its mean, but not C C^T, and so
-    not the main directions. That is why `build_layer` does not subtract the mean of these stacks.
+    ΔW fixes C only up to an orthogonal matrix O (r, r). C O has the main directions of C, as
+    (C O) (C O)^T = C C^T, but another mean. So the mean says nothing, and is not subtracted.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
     return side_by_side([C for C, _ in updates]), side_by_side([D for _, D in updates])
@@ -870,18 +867,18 @@ def grow_layer(bases, old, new, variance, k, stacking):
     beta, alpha = bases
     for B, A_T in new.values():
         if stacking == "factors":
-            C, D = B, A_T
+            columns, rows = B, A_T
         else:
-            C, D = update_columns(B, A_T)
-        beta = grow_basis(beta, C, variance, k)
-        alpha = grow_basis(alpha, D, variance, k)
+            columns, rows = update_columns(B, A_T)
+        beta = grow_basis(beta, columns, variance, k)
+        alpha = grow_basis(alpha, rows, variance, k)
     # 2. Earlier tasks have coefficients of 0 for them.
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. With "updates" beta may lack a part of B, which A cancels in B A.
-    #    Nothing is lost: if variance is 1, beta holds the columns of ΔW = B A, alpha the rows, and
-    #    beta beta^T ΔW alpha alpha^T = ΔW.
+    # 3. Project the new tasks. ΔW = B A becomes beta beta^T ΔW alpha alpha^T. If variance is 1,
+    #    this is ΔW, as beta holds its columns, and alpha its rows. With "updates" beta may lack a
+    #    part of B itself, but only one that B A does not have.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -899,9 +896,10 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # A float32 b has b^T b = 1 only to 1e-7. Without the inverse a small part outside would not be
-    # orthogonal to b.
-    outside = X - b @ torch.linalg.solve(b.T @ b, b.T @ X)
+    # The part inside is b (b^T b)^-1 b^T X. If b is of float32, b^T b is 1 only to 1e-7. To take it
+    # for 1 would leave an error of 1e-7 ‖X‖, a tenth of the smallest part outside that counts.
+    inside = b @ torch.linalg.solve(b.T @ b, b.T @ X)
+    outside = X - inside
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
     if k is None:
         added = main_directions(outside, rounding, variance)
@@ -982,10 +980,10 @@ def frozen(model):
 
 
 def put_back(buffer, value):
-    """buffer.copy_(value); or nothing, where PyTorch refuses, as the training must not be lost.
+    """buffer.copy_(value), or nothing where PyTorch refuses: an error would lose the training.
 
-    A buffer that was made in inference mode can be written only in it. Others can be written there,
-    too, and stay as they are. An expanded buffer cannot be written at all.
+    In inference mode, as a buffer that was made in it can be written only there. A normal buffer
+    can be written there as well, and remains a normal one. Refused is, say, an expanded buffer.
     """
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
@@ -1063,14 +1061,15 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # accelerate's offload sets a forward on the layer itself: refused. When its hook is removed,
-    # the class's own forward is left there: accepted; attach and detach remove it.
-    is_own = getattr(linear.forward, "__func__", None) is cls.forward
+    # Of a layer that nobody has patched, forward is a method of its class. accelerate's offload
+    # sets a function without __func__ on the layer: refused. When its hook is removed, the method
+    # of the class is left there: accepted; attach and detach take it away.
+    is_patched = getattr(linear.forward, "__func__", None) is not cls.forward
     if isinstance(linear, nn.Linear) and weight is None:
         reason = "its weight is computed, as by pruning; make it permanent first"
     elif type(linear) is not cls:
         reason = f"it takes {cls.__name__} itself, with its own forward"
-    elif not is_own:
+    elif is_patched:
         reason = "its forward is patched; attach first and offload afterwards; undo it to detach"
     elif weight.is_meta:
         reason = "its weight is on meta; load the weights first"
@@ -1146,9 +1145,10 @@ def write_whole(path, content):
 # - BatchNorm in training mode fits the batch's statistics, which are put back. Call eval() on it.
 # - A layer that the loss does not reach is no part of the task, unless something else moves its
 #   parameters, such as weight decay, or a cast to half and back.
-# - Learn in one thread at a time. To serve meanwhile, learn on copy.deepcopy((model, share)), then
-#   share.add(task, copied.reconstruct(task)) or, with phi > 0, share.merge({task: …}, grow=True).
-#   Use such a copy for trials with phi > 0: their columns stay in the bases even after remove.
+# - Learn in one thread at a time. To serve meanwhile, learn on model2, share2 =
+#   copy.deepcopy((model, share)); then share.add(task, share2.reconstruct(task)) or, with phi > 0,
+#   share.merge({task: …}, grow=True).
+# - Try phi > 0 on such a copy, too: the columns of a trial stay in the bases even after remove.
 # - While one thread changes a share, others may use and save it, but not change it. The first
 #   forward on another device changes it, too, as its numbers move.
 

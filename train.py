@@ -16,9 +16,9 @@ of their B and A (stack="factors"). The experiment is `compare`.
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
 16. The base model is pre-trained with the key in clear in front of the message. A task is one
-secret key. Its prompts have, in place of the key, a tag, of which pre-training has seen nothing: an
-adapter must hold the key. (Only one adapter for all tasks, and the Router, need the tag.) Chance is
-1/16.
+secret key. Its prompts show no key, but in its place a tag of the task, which pre-training never
+saw: only the adapter can know the key. (With an adapter for each task the tag tells nothing. It
+matters where one adapter serves all tasks, and to the Router.) Chance is 1/16.
 
 Tokens 0 to 15 are the letters, 16 to 31 the same letters as a key in clear, 32 + t is the tag of
 task t. A prompt for the key 3 0 15, in clear and as that of task 1, and the answer to both:
@@ -92,8 +92,9 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 
 
 # --- The data, the loss and the base model
-# Streams of prompts. 0, 1, … are for training on that task, and the number of tasks is for training
-# on all at once. (Models, adapters, coefficients and random bases have seeds apart from these.)
+# Every stream of prompts has a generator of its own. Streams 0, 1, … are for training on that task,
+# and the number of tasks is for training on all at once. (Models and coefficients are seeded where
+# they are made. Some of these seeds are the same numbers, but start other draws.)
 PRETRAINING = 98
 KEYS_AND_TESTS = 99
 
@@ -246,7 +247,7 @@ class Experiment:
     def after_task(self, method, t, matrix, learned):
         """Add row t to the matrix, and print a line. learned: the accuracies on tasks 0 to t.
 
-        A later task counts as the base has it, also where one LoRA is on for all tasks.
+        Tasks not learned yet get the base's accuracies, also where one LoRA is on for all tasks.
         """
         not_yet = self.base_accuracies[t + 1 :]
         matrix.append(learned + not_yet)
@@ -256,12 +257,15 @@ class Experiment:
         )
 
     def new_lora(self, start_name, r):
-        """A copy of the base with a new LoRA, which starts alike whichever rows ran before."""
+        """A copy of the base with a new LoRA, whose start depends on seed and name alone."""
         torch.manual_seed(self.s.seed + zlib.crc32(start_name.encode()))  # hash() varies by run
         return attach_lora(copy.deepcopy(self.base), TARGETS, r)
 
     def train_lora(self, method, t, r, lr):
-        """A new LoRA, trained on task t: the model, and how many numbers were trained."""
+        """A new LoRA, trained on task t: the model, and how many numbers were trained.
+
+        method and t fix its start, so that `sweep` gets the adapters of `compare` again.
+        """
         model = self.new_lora(f"{method} {t}", r)
         trained = fit(model, self.batches(t, self.s.lora_steps), lr)
         return model, trained
@@ -298,7 +302,7 @@ class Experiment:
                               B = [beta, C] eps_beta  with  eps_beta (k + phi, p);  A likewise.
                           Then C is merged into beta:
           grow=True   ours: beta gets the directions of C that it lacks; no earlier ΔW changes
-          grow=False  the paper's: a new beta from the B of all tasks; earlier ΔW may change
+          grow=False  the paper's: new bases of all tasks, made as in phase 1; earlier ΔW may change
         """
         s = self.s
         seed = 100 * s.seed + t  # of the start of the coefficients and of C
@@ -317,9 +321,10 @@ class Experiment:
         return accuracies
 
     def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
-        """Learn the tasks from number len(first_rows) on. Returns the attached model and the row.
+        """Learn the tasks that the share lacks, one by one. Returns the attached model and the row.
 
-        first_rows: the matrix's rows of the tasks that the share has, which others have trained.
+        first_rows: the rows of the accuracy matrix for the tasks that it has, [] for none. They are
+        those of the LoRAs, so that what phase 1 loses of these counts as forgetting.
         """
         model = share.attach(copy.deepcopy(self.base))
         matrix = list(first_rows)
@@ -332,26 +337,28 @@ class Experiment:
 
 # --- Rows of the table
 def metrics(matrix, trained=None, stored=None):
-    """A row, for tasks learned one by one. matrix[i][j]: accuracy on task j after tasks 0 to i.
+    """The row of a method that learns tasks one by one.
 
-    acc         the mean of the last row, which are the accuracies at the end
-    bwt         at the end, minus just after task j was learned (Lopez-Paz and Ranzato 2017)
-    forgetting  the best ever before the end, minus at the end (Chaudhry et al. 2018)
+    matrix[i][j] is the accuracy on task j after learning tasks 0 to i; for j > i, the base's.
 
-    The latter two are means over all tasks j but the last. Before task j is learned (i < j),
-    matrix[i][j] is the base's accuracy. trained: how many numbers were trained for the last task.
-    stored: how many are stored for all tasks.
+    acc         the mean of the last row
+    bwt         last row minus matrix[j][j] (Lopez-Paz and Ranzato 2017)
+    forgetting  best of column j above the last row, minus the last row (Chaudhry et al. 2018)
+
+    The latter two are means over all tasks j but the last.
+
+    trained: how many numbers were trained for the last task. stored: how many, for all tasks.
     """
-    last = matrix[-1]
-    bwt = []
-    forgetting = []
-    for j in range(len(matrix) - 1):
-        best = max(row[j] for row in matrix[:-1])
-        bwt.append(last[j] - matrix[j][j])
-        forgetting.append(best - last[j])
-    row = {"accuracy_matrix": matrix, "acc": mean(last)}
-    row |= {"bwt": mean(bwt), "forgetting": mean(forgetting)}
-    return row | {"trained_per_task": trained, "stored": stored}
+    *before, last = matrix
+    earlier = range(len(before))  # all tasks but the last
+    return {
+        "accuracy_matrix": matrix,
+        "acc": mean(last),
+        "bwt": mean([last[j] - matrix[j][j] for j in earlier]),
+        "forgetting": mean([max(row[j] for row in before) - last[j] for j in earlier]),
+        "trained_per_task": trained,
+        "stored": stored,
+    }
 
 
 def row_of_accuracies(accuracies, stored):
@@ -383,12 +390,11 @@ def compare(s, everything=False):
     adapters, rows["lora_per_task"] = e.lora_per_task("lora_per_task", s.r, s.lora_lr)
     _, rows["lora_r1"] = e.lora_per_task("lora_r1", 1, s.lora_r1_lr)
     rows["lora_sequential"] = e.lora_sequential()
-    # Phase 1: bases from the first tasks' LoRA adapters. Their coefficients keep the rank r.
+    # Phase 1: bases from the first tasks' LoRA adapters. These tasks' coefficients have rank r.
     first_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(first_adapters, variance=s.variance, stack=s.stack)
-    # Phase 2: coefficients of s.p columns for each later task. Share's accuracy matrix begins with
-    # the rows of those LoRAs: if phase 1 makes a first task worse, this counts as forgetting.
     first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
+    # Phase 2: coefficients of s.p columns for each later task.
     share = copy.deepcopy(built)  # phase 3 begins with `built` again
     model, rows["share"] = e.learn_tasks("share", share, first_rows)
     if not everything:
@@ -428,19 +434,19 @@ def check(methods):
 def break_even(methods, other, first):
     """The least number of tasks t, from `first` on, for which Share stores less; None if for none.
 
-    Share stores fixed + t share_each, and LoRAs store t lora_each. Share stores less if
+    LoRAs store t lora_each. Of first tasks Share stores more each, as they keep LoRA's rank:
 
-        t > fixed / (lora_each - share_each)
+        bases + first first_each + (t - first) later_each = fixed + t later_each
 
     """
     share = methods["share"]
-    tasks = len(share["accuracy_matrix"])
-    share_each = share["trained_per_task"]  # a later task stores what it trains
-    fixed = share["stored"] - tasks * share_each  # bases, and what the first tasks store more
-    saved_each = methods[other]["trained_per_task"] - share_each
-    if saved_each <= 0:
+    lora_each = methods[other]["trained_per_task"]
+    later_each = share["trained_per_task"]  # a later task stores what it trains
+    fixed = share["stored"] - len(share["accuracy_matrix"]) * later_each
+    if lora_each <= later_each:
         return None
-    return max(first, math.floor(fixed / saved_each) + 1)
+    equal_at = fixed / (lora_each - later_each)
+    return max(first, math.floor(equal_at) + 1)
 
 
 def spread(values, digits):
@@ -486,8 +492,8 @@ def other_rows(e, built, share, model):
     rows["share_routed"] = share_routed(e, share, model)
     # the mean of all tasks' ΔW, as one more task
     average(share, e.names, "average")
-    # One set of coefficients for all tasks: phase 2 on all of them at once. train_coefficients is
-    # share.learn around a loop such as that of `fit`.
+    # One set of coefficients for all tasks: phase 2 on a mixture of their prompts.
+    # train_coefficients is share.learn and a loop in one call.
     mixture = e.mixed_batches(s.joint_steps)
     settings = dict(p=s.general_p, lr=s.lr, seed=s.seed)
     train_coefficients(share, model, "general", mixture, loss_fn, **settings)
@@ -537,7 +543,7 @@ def sweep(s):
     """The ablations: two new tasks, learned in bases of several kinds and in several ways."""
     e = Experiment(s)
     adapters = {}
-    for t, name in enumerate(e.names[: s.first]):  # the adapters that `compare` has, by their name
+    for t, name in enumerate(e.names[: s.first]):
         lora, _ = e.train_lora("lora_per_task", t, s.r, s.lora_lr)
         adapters[name] = lora_adapter(lora)
     print("\nfrom   how many tasks made the bases; 0: random ones of the sizes in the line before")
@@ -578,7 +584,10 @@ def ablation(e, built, p, phi=0, grow=True):
 
 
 def scaling(seed, counts, n=1024, r=8):
-    """The costs of building and merging, by the number of tasks, at Share's defaults."""
+    """The costs of building and merging, by the number of tasks: one layer, made-up adapters.
+
+    Nothing is trained. Share has its own defaults, not those of Settings.
+    """
     torch.manual_seed(seed)
     B_span = torch.linalg.qr(torch.randn(n, 32)).Q  # 32 directions that all tasks share
     A_span = torch.linalg.qr(torch.randn(n, 32)).Q
@@ -604,7 +613,7 @@ def scaling(seed, counts, n=1024, r=8):
             Share.from_adapters(adapters).save(path)
             merge = 1000 * seconds(load_and_merge, path, new_adapter())
             published = 1000 * seconds(load_and_merge_as_published, path, new_adapter())
-            stored = num_parameters(Share.from_adapters(adapters, p=1))
+            stored = num_parameters(Share.from_adapters(adapters, p=1))  # cut to one column a task
             line = f"{tasks:5} {build:7.2f} {merge:7.1f} {published:10.1f} {published / merge:7.1f}"
             print(f"{line} {stored:8,} {2 * tasks * n * r:11,}", flush=True)
 
@@ -631,11 +640,13 @@ def load_and_merge_as_published(path, adapter):
 
 
 def new_coefficients(columns, k):
-    """Columns (n, m) -> their coefficients (k, m) in a new basis of k directions, as published."""
+    """Columns (n, m) -> their coefficients (k, m) in a new basis of k directions.
+
+    As published, the basis is made of the centred columns, and used for the columns as they are.
+    """
     centred = columns - columns.mean(1, keepdim=True)
     U, _, _ = torch.linalg.svd(centred, full_matrices=False)
-    basis = U[:, :k]  # of the centred columns
-    return basis.T @ columns  # but these are not centred
+    return U[:, :k].T @ columns
 
 
 def svg(methods, seed):
@@ -803,10 +814,12 @@ def peft_targets(adapter):
             return pattern
     old = adapter.config.get("target_modules") or []
     if isinstance(old, str):  # a regular expression
-        return old if all(re.fullmatch(old, layer) for layer in layers) else pattern
-    old = sorted(old) if isinstance(old, set) else old  # ends of names; JSON has no set
-    endings = tuple(f".{target}" for target in old)
-    return old if all(f".{layer}".endswith(endings) for layer in layers) else pattern
+        fits = all(re.fullmatch(old, layer) for layer in layers)
+    else:  # ends of names; of none, if it is empty
+        old = sorted(old) if isinstance(old, set) else old  # JSON has no set
+        endings = tuple(f".{ending}" for ending in old)
+        fits = all(f".{layer}".endswith(endings) for layer in layers)
+    return old if fits else pattern
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -838,8 +851,8 @@ class Router:
                 size = tuple(x.shape)
                 raise ValueError(f"task {task!r}: features {size} are not finite, (N >= 2, f)")
         samples = [x.double() for x in features.values()]
-        # each sample minus the mean of the other N - 1 of its task, as that of all N has it in it
-        residuals = torch.cat([x - (x.sum(0) - x) / (len(x) - 1) for x in samples])
+        # x minus the mean of the other N - 1 samples of its task; that of all N has x in it
+        residuals = torch.cat([(x - x.mean(0)) * len(x) / (len(x) - 1) for x in samples])
         scale = whitening(residuals)
         means = torch.stack([x.mean(0) for x in samples]) @ scale
         own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)  # 98 % are nearer
@@ -865,12 +878,13 @@ class Router:
 
 
 def whitening(residuals):
-    """scale (f, f): the length of the row r scale is the Mahalanobis distance of r.
+    """A matrix M (f, f) with which ‖x M‖ is the Mahalanobis distance of the row x.
 
-        ‖r M‖² = r M M^T r^T = r C^-1 r^T,  so scale is M, the Cholesky factor of C^-1,
+    With C, the covariance of the residuals (N, f), and the Cholesky decomposition C^-1 = M M^T
 
-    where C is the covariance of the residuals (N, f). A tenth of it is replaced by its diagonal, as
-    few samples make some directions look too certain.
+        ‖x M‖² = x M M^T x^T = x C^-1 x^T
+
+    A tenth of C is replaced by its diagonal, as few samples make some directions look too certain.
     """
     covariance = residuals.T @ residuals / len(residuals)
     variances = covariance.diagonal()
