@@ -333,7 +333,7 @@ def merge_layer(bases, old, new, variance, k, stacking):
     pairs.update(new)
     # 3. Phase 1 again.
     merged = build_layer(pairs, variance, (k, k), stacking)
-    if k is None:  # ours
+    if k is None:  # ours: by variance no basis gets smaller
         merged = keep_sizes(merged, bases, pairs, variance, stacking)
     return merged
 
