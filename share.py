@@ -333,7 +333,7 @@ def merge_layer(bases, old, new, variance, k, stacking):
     pairs.update(new)
     # 3. Phase 1 again.
     merged = build_layer(pairs, variance, (k, k), stacking)
-    if k is None:  # ours: by variance no basis gets smaller
+    if k is None:  # ours: a basis that got smaller, as most do, is built again with its old size
         merged = keep_sizes(merged, bases, pairs, variance, stacking)
     return merged
 
@@ -342,8 +342,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
 def keep_sizes(merged, bases, pairs, variance, stacking):
     """Ours: merged; but a basis that has become smaller is built again with its old size.
 
-    So by k, and no longer by variance: else a merge by 0.6 would keep 60 % of what the one before
-    had kept.
+    This is usual: the old tasks were cut to 60 % before, say, and would now be cut to 60 % of that.
+    A basis that is built by size is of the columns as they are: no mean is subtracted.
     """
     (new_beta, new_alpha), _ = merged
     beta, alpha = bases
@@ -357,14 +357,14 @@ def keep_sizes(merged, bases, pairs, variance, stacking):
 def merge_short(bases, old, new, variance, k, stacking):
     """merge_layer(…), with the same result up to signs, but fast for many old tasks.
 
-    merge_layer stacks the columns x of all tasks: 4,000 of n numbers for 500 tasks of rank 8. But
-    old ones are beta times coefficients. So all lie in the span of beta and of the new B's, which
-    has, say, 32 + 8 = 40 dimensions. With an orthonormal basis Q (n, 40) of it x = Q y, and
-    y = Q^T x has only 40 numbers. It is enough to merge the y:
+    All columns x that merge_layer stacks lie in one small space: those of old tasks in the span of
+    beta, the others in that of the new B's. So write each as x = Q y, with an orthonormal basis Q
+    of that space, and merge the short y = Q^T x. With 32 and 8 columns a y has 40 numbers, where an
+    x has n; and 500 old tasks of rank 8 have 4,000 such columns. As Q keeps lengths and angles:
 
-    - The mean of the x is Q times the mean of the y.
-    - If the y have the main directions U, the x have Q U: Y = U S V^T gives X = Q Y = (Q U) S V^T.
-    - The coefficients are the same: (Q U)^T x = U^T Q^T Q y = U^T y.
+    - Mean: that of the x is Q times that of the y.
+    - Directions: Y = U S V^T gives X = Q Y = (Q U) S V^T. So the x have the basis Q U.
+    - Coefficients: (Q U)^T x = U^T y. They are the same; those of old tasks go in as they are.
     """
     # 1. Find Q for each side.
     beta, alpha = bases
@@ -454,7 +454,7 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # nn.Linear's forward, as an attribute that accelerate left, would hide ShareLinear's
+            # the attribute that check_linear accepts would hide ShareLinear's forward
             vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
@@ -524,7 +524,7 @@ class Share:
             raise ValueError("no layer of the model is attached, or each carries another share")
         for layer, linear in attached.items():
             check_linear(layer, linear, ShareLinear, self.bases[layer])
-            # ΔW cannot be added to a quantized weight: integers, or a subclass of Parameter.
+            # ΔW cannot be added to a quantized weight, of integers or of a subclass of Parameter.
             plain = type(linear.weight) is nn.Parameter and linear.weight.is_floating_point()
             if layer in adapter.factors and not plain:
                 raise ValueError(f"layer {layer!r}: its weight is no plain Parameter of floats")
@@ -571,7 +571,8 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
-        # The paper asks for phi < k. Here k differs by layer and side: phi < the largest is enough.
+        # The paper asks for phi < k. Here k differs by layer and side: phi is refused if it is too
+        # large for all of them.
         max_k = max([basis.shape[1] for bases in self.bases.values() for basis in bases], default=0)
         if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
             raise ValueError(f"phi is {phi!r}; it takes 0 or integers below the largest k, {max_k}")
@@ -595,19 +596,16 @@ class Share:
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]
-                # Not ParameterDict({…}), which sorts by name: an optimizer's saved state goes by
-                # order, and start_layer has beta first.
-                parameters = nn.ParameterDict()
-                parameters["eps_beta"] = eps_beta
-                parameters["eps_alpha"] = eps_alpha
-                start[layer] = parameters
+                # pairs in the order of start_layer, as a dict would be sorted: an optimizer's saved
+                # state goes by order
+                start[layer] = nn.ParameterDict([("eps_beta", eps_beta), ("eps_alpha", eps_alpha)])
         if not start:
             raise ValueError(f"task {task!r} has no coefficients to train in any layer")
         return start
 
     def _keep(self, task, ends):
         """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
-        # For its record, the task as it is now: if it was fine-tuned, with its extras, its config
+        # The adapter that the record describes. A task that is fine-tuned keeps its extras, config,
         # and the layers that have not moved.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
@@ -794,8 +792,8 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     if 0 in (len(eps_beta), len(eps_alpha)):
-        # A basis is empty, so ΔW is 0, and the SVD would give no columns. Keep p of them, as to
-        # `save` a task without columns is one that lacks the layer.
+        # A basis is empty: ΔW is 0, and its SVD has no columns. Keep p of them, because for `save`
+        # a task without columns is one that lacks the layer.
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
@@ -805,12 +803,13 @@ def best_rank(eps, p):
 
 # --- Ours
 def with_mean(basis, mean, X):
-    """Ours: a basis, and beside it the direction of the mean of the columns X (n, m), in float64.
+    """Ours: a basis and, beside it, the direction of what it lacks of the mean of X (n, m).
 
-    `project` does not subtract the mean, so the basis has to hold it. It may do so already.
+    `project` takes the columns as they are, mean included, so the basis has to hold it. In float64.
     """
     missing = mean - basis @ (basis.T @ mean)
-    # Relative to a typical column, not to the mean: if the columns cancel, it is itself rounding.
+    # Is it more than rounding? Compare with a typical column, not with the mean: where columns
+    # cancel, the mean is itself rounding.
     column_norm = X.norm() / X.shape[1] ** 0.5  # root mean square
     if missing.norm() <= ROUNDING * column_norm:
         return basis
@@ -818,15 +817,16 @@ def with_mean(basis, mean, X):
 
 
 def update_columns(B, A_T):
-    """Ours: C (n, r) and D (d, r) with the main directions of ΔW = B A and of ΔW^T.
+    """Ours: C (n, r) and D (d, r), which are ΔW and ΔW^T, turned so that r columns hold them.
 
-    B and A^T have others: B G and G^-1 A, with any invertible G, have the same ΔW. With the QR
-    decompositions A^T = Q_A R_A and B = Q_B R_B, where Q^T Q = 1,
+    With the QR decompositions A^T = Q_A R_A and B = Q_B R_B, where Q^T Q = 1,
 
-        C = B R_A^T    has  C C^T = B R_A^T R_A B^T   = B (A A^T) B^T = ΔW ΔW^T
-        D = A^T R_B^T  has  D D^T = A^T R_B^T R_B A   = A^T (B^T B) A = ΔW^T ΔW
+        C = ΔW Q_A   = B R_A^T Q_A^T Q_A   = B R_A^T
+        D = ΔW^T Q_B = A^T R_B^T Q_B^T Q_B = A^T R_B^T
 
-    So both have the singular values of ΔW, C its left singular vectors, and D its right ones.
+    The rows of ΔW lie in the span of Q_A, so C C^T = ΔW ΔW^T: C has the left singular vectors and
+    the singular values of ΔW, and D those of ΔW^T. B and A^T have others, which hang on how ΔW is
+    split: B G and G^-1 A, with any invertible G, have the same ΔW.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
@@ -836,8 +836,9 @@ def update_columns(B, A_T):
 def update_stacks(pairs):
     """Ours, for "updates": the tasks' C side by side, and their D, each of norm 1.
 
-    ΔW fixes C only up to an orthogonal matrix O (r, r). C O has the main directions of C, as
-    (C O) (C O)^T = C C^T, but another mean. So the mean says nothing, and is not subtracted.
+    Their mean is not subtracted, as it is arbitrary: the same ΔW, split in another way, has another
+    Q_A, and C = ΔW Q_A becomes C O with an orthogonal O (r, r). This leaves C C^T, and so the main
+    directions, but not the mean.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
     return side_by_side([C for C, _ in updates]), side_by_side([D for _, D in updates])
@@ -846,8 +847,8 @@ def update_stacks(pairs):
 def side_by_side(matrices):
     """Matrices (n, r) as one (n, m), each divided by its norm, so that all tasks weigh the same.
 
-    One with less than ROUNDING times the largest norm may be rounding alone. It is divided by this
-    limit, and so stays small.
+    One below ROUNDING times the largest norm may be rounding alone: it is divided by this limit.
+    So a norm of 0.1 limits becomes 0.1, and one of 0 stays 0.
     """
     norms = torch.stack([matrix.norm() for matrix in matrices])
     largest = norms.max()
@@ -867,18 +868,18 @@ def grow_layer(bases, old, new, variance, k, stacking):
     beta, alpha = bases
     for B, A_T in new.values():
         if stacking == "factors":
-            columns, rows = B, A_T
+            C, D = B, A_T
         else:
-            columns, rows = update_columns(B, A_T)
-        beta = grow_basis(beta, columns, variance, k)
-        alpha = grow_basis(alpha, rows, variance, k)
-    # 2. Earlier tasks have coefficients of 0 for them.
+            C, D = update_columns(B, A_T)
+        beta = grow_basis(beta, C, variance, k)
+        alpha = grow_basis(alpha, D, variance, k)
+    # 2. Earlier tasks have coefficients of 0 for the added directions.
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. ΔW = B A becomes beta beta^T ΔW alpha alpha^T. If variance is 1,
-    #    this is ΔW, as beta holds its columns, and alpha its rows. With "updates" beta may lack a
-    #    part of B itself, but only one that B A does not have.
+    # 3. Project the new tasks. Of ΔW this keeps beta beta^T ΔW alpha alpha^T: all of it, if variance
+    #    is 1, as beta then spans its columns and alpha its rows. (With "updates" B itself may lose
+    #    a part, one that A multiplies by 0.)
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -896,8 +897,8 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # The part inside is b (b^T b)^-1 b^T X. If b is of float32, b^T b is 1 only to 1e-7. To take it
-    # for 1 would leave an error of 1e-7 ‖X‖, a tenth of the smallest part outside that counts.
+    # The part inside is b (b^T b)^-1 b^T X: a float32 b has b^T b = 1 only to 1e-7, which is too
+    # near to ROUNDING.
     inside = b @ torch.linalg.solve(b.T @ b, b.T @ X)
     outside = X - inside
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
@@ -980,10 +981,10 @@ def frozen(model):
 
 
 def put_back(buffer, value):
-    """buffer.copy_(value), or nothing where PyTorch refuses: an error would lose the training.
+    """buffer.copy_(value); where PyTorch refuses, the buffer stays as it is.
 
-    In inference mode, as a buffer that was made in it can be written only there. A normal buffer
-    can be written there as well, and remains a normal one. Refused is, say, an expanded buffer.
+    inference_mode: a buffer that was made in it can be written only in it, others can be as well.
+    suppress: an expanded buffer cannot be written at all. An error would lose the training.
     """
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
@@ -1061,9 +1062,9 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # Of a layer that nobody has patched, forward is a method of its class. accelerate's offload
-    # sets a function without __func__ on the layer: refused. When its hook is removed, the method
-    # of the class is left there: accepted; attach and detach take it away.
+    # linear.forward has to be the method of cls. One that is set on the layer itself hides it:
+    # accelerate's offload sets a function, without __func__, which is refused. When its hook is
+    # removed, it sets the method again, which is accepted; attach and detach take it away.
     is_patched = getattr(linear.forward, "__func__", None) is not cls.forward
     if isinstance(linear, nn.Linear) and weight is None:
         reason = "its weight is computed, as by pruning; make it permanent first"
@@ -1111,8 +1112,9 @@ def write_whole(path, content):
 #
 # Weights
 # - state_dict() and save_pretrained() hold W0 only, whatever is selected. Save the share, too.
-# - TRL with lm_head, diffusers after fuse_qkv_projections and some blocks of timm read weights and
-#   do not call the layers, so they use W0 only. Fold the task in first: detach(model, task).
+# - ΔW is lost where code reads a layer's weight and does not call the layer: lm_head in some losses
+#   of TRL, diffusers after fuse_qkv_projections, some blocks of timm. Fold the task in first:
+#   detach(model, task).
 # - quanto's quantize, torchao's float8 training and resize_token_embeddings put new modules in
 #   place of attached ones, which drops the task. Fold it in first, or use torchao's quantize_,
 #   which keeps the layers.
@@ -1145,9 +1147,9 @@ def write_whole(path, content):
 # - BatchNorm in training mode fits the batch's statistics, which are put back. Call eval() on it.
 # - A layer that the loss does not reach is no part of the task, unless something else moves its
 #   parameters, such as weight decay, or a cast to half and back.
-# - Learn in one thread at a time. To serve meanwhile, learn on model2, share2 =
-#   copy.deepcopy((model, share)); then share.add(task, share2.reconstruct(task)) or, with phi > 0,
-#   share.merge({task: …}, grow=True).
+# - Learn in one thread at a time. To serve meanwhile, learn on copies, made in one call so that
+#   they stay connected: model2, share2 = copy.deepcopy((model, share)). Then share.add(task,
+#   share2.reconstruct(task)) or, with phi > 0, share.merge({task: …}, grow=True).
 # - Try phi > 0 on such a copy, too: the columns of a trial stay in the bases even after remove.
 # - While one thread changes a share, others may use and save it, but not change it. The first
 #   forward on another device changes it, too, as its numbers move.
