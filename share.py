@@ -877,9 +877,9 @@ def grow_layer(bases, old, new, variance, k, stacking):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. Of ΔW this keeps beta beta^T ΔW alpha alpha^T: all of it, if variance
-    #    is 1, as beta then spans its columns and alpha its rows. (With "updates" B itself may lose
-    #    a part, one that A multiplies by 0.)
+    # 3. Project the new tasks. Of ΔW this keeps beta beta^T ΔW alpha alpha^T: all of it, if
+    #    variance is 1, as beta then spans its columns and alpha its rows. (With "updates" B itself
+    #    may lose a part, one that A multiplies by 0.)
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
