@@ -34,6 +34,7 @@ Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. On by d
 import contextlib
 import copy
 import json
+import types
 import uuid
 import zlib
 from dataclasses import dataclass, field
@@ -86,10 +87,9 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    with torch.autocast(beta.device.type, enabled=False):  # it may round B (A x), but not B and A
-        B = beta @ eps_beta
-        A = (alpha @ eps_alpha).T
-    return B, A
+    # Autocast would round these products to bfloat16. Those with x, in forward, it may.
+    with torch.autocast(beta.device.type, enabled=False):
+        return beta @ eps_beta, (alpha @ eps_alpha).T
 
 
 # --- Phase 1: bases from adapters
@@ -688,8 +688,8 @@ class Share:
     # --- Private
     def _pairs_by_layer(self, adapters):
         """{layer: {task: (B, A^T)}} of new {task: Adapter}, checked, in float32 at least."""
-        if not adapters:
-            raise ValueError("adapters is empty; it takes one or more")
+        if not isinstance(adapters, dict) or not adapters:
+            raise ValueError("adapters is empty or no dict; it takes {task: Adapter}, one or more")
         shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
         devices = {layer: beta.device for layer, (beta, _) in self.bases.items()}
         layers = {}
@@ -817,7 +817,7 @@ def with_mean(basis, mean, X):
 
 
 def update_columns(B, A_T):
-    """Ours: C (n, r) and D (d, r), which are ΔW and ΔW^T, turned so that r columns hold them.
+    """Ours: C and D, which are ΔW (n, d) and ΔW^T, turned so that at most r columns hold them.
 
     With the QR decompositions A^T = Q_A R_A and B = Q_B R_B, where Q^T Q = 1,
 
@@ -850,7 +850,7 @@ def side_by_side(matrices):
     One below ROUNDING times the largest norm may be rounding alone: it is divided by this limit.
     So a norm of 0.1 limits becomes 0.1, and one of 0 stays 0.
     """
-    norms = torch.stack([matrix.norm() for matrix in matrices])
+    norms = torch.stack([matrix.double().norm() for matrix in matrices])
     largest = norms.max()
     if largest > 0:
         norms = norms.clamp_min(ROUNDING * largest)
@@ -962,7 +962,8 @@ def frozen(model):
     """For a block no parameter of a model can train.
 
     Afterwards requires_grad is as before, and so are the buffers in state_dict(), such as
-    BatchNorm's statistics. Others are caches, such as a rotary embedding's. Gradients are dropped.
+    BatchNorm's statistics, if `put_back` can. Others are caches, such as a rotary embedding's.
+    Gradients are dropped.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -1038,7 +1039,8 @@ def check_numbers(variance=1.0, **counts):
 def check_stack(stack, variance, k):
     """ValueError for an argument of `build_basis` out of range."""
     check_numbers(variance, k=k)
-    if stack.dim() != 2 or stack.shape[1] == 0 or not stack.isfinite().all():
+    is_real = not stack.is_complex() and stack.double().isfinite().all()
+    if stack.dim() != 2 or stack.shape[1] == 0 or not is_real:
         raise ValueError(f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite numbers")
 
 
@@ -1062,10 +1064,10 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # linear.forward has to be the method of cls. One that is set on the layer itself hides it:
-    # accelerate's offload sets a function, without __func__, which is refused. When its hook is
-    # removed, it sets the method again, which is accepted; attach and detach take it away.
-    is_patched = getattr(linear.forward, "__func__", None) is not cls.forward
+    # accelerate's offload sets a function on the layer itself, which hides the method of its class:
+    # refused. When its hook is removed, it sets the method again: accepted; attach and detach take
+    # this attribute away.
+    is_patched = linear.forward != types.MethodType(cls.forward, linear)
     if isinstance(linear, nn.Linear) and weight is None:
         reason = "its weight is computed, as by pruning; make it permanent first"
     elif type(linear) is not cls:

@@ -55,7 +55,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from share import Adapter, Share, ToyTransformer, train_coefficients, write_whole
+from share import Adapter, Share, ToyTransformer, check_adapter, train_coefficients, write_whole
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LETTERS, KEY, MESSAGE = 16, 3, 12
@@ -776,14 +776,21 @@ def save_peft(adapter, directory):
 
     Of its config the options in PEFT_DROPPED are left out. Overwritten are peft_type, r,
     init_lora_weights, lora_alpha and use_rslora (so that the scaling is 1, as B has it already),
-    and target_modules, see `peft_targets`. The rest is kept. If JSON cannot hold it: ValueError,
-    and nothing is written.
+    and target_modules, see `peft_targets`. The rest is kept. ValueError if the adapter is malformed
+    or JSON cannot hold its config; then nothing is written.
     """
     directory = Path(directory)
+    check_adapter(directory.name, adapter, {})
     r = max(len(A) for _, A in adapter.factors.values())
     config = {key: adapter.config[key] for key in adapter.config if key not in PEFT_DROPPED}
     config |= {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False}
-    config |= {"init_lora_weights": True, "target_modules": peft_targets(adapter)}
+    config |= {"init_lora_weights": True}
+    try:
+        config["target_modules"] = peft_targets(adapter)
+        text = json.dumps(config, indent=2)
+    except (TypeError, ValueError, re.error) as error:
+        words = "JSON cannot hold the config, or target_modules is no pattern"
+        raise ValueError(f"{directory}: {words}: {error}") from None
     tensors = dict(adapter.extras)
     for layer, (B, A) in adapter.factors.items():  # readers that know one rank need it everywhere
         missing = r - len(A)  # rows of A, columns of B
@@ -791,10 +798,6 @@ def save_peft(adapter, directory):
         tensors[f"base_model.model.{layer}.lora_B.weight"] = F.pad(B, (0, missing))
     for name, tensor in tensors.items():  # safetensors takes no views
         tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    try:
-        text = json.dumps(config, indent=2)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{directory}: JSON cannot hold the config: {error}") from None
     raw = safetensors.torch.save(tensors, {"format": "pt"})
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / "adapter_model.safetensors", raw)
@@ -846,10 +849,13 @@ class Router:
         The radius is half-way between own and other, but never less than own: tasks that overlap
         (other < own) get own, and so does a single task, which has no other.
         """
+        if not features:
+            raise ValueError("features is empty; it takes {task: features (N, f)}, one or more")
+        width = next(iter(features.values())).shape[-1]
         for task, x in features.items():
-            if x.dim() != 2 or len(x) < 2 or not x.isfinite().all():
-                size = tuple(x.shape)
-                raise ValueError(f"task {task!r}: features {size} are not finite, (N >= 2, f)")
+            if x.dim() != 2 or len(x) < 2 or x.shape[1] != width or not x.isfinite().all():
+                where = f"task {task!r}: features {tuple(x.shape)}"
+                raise ValueError(f"{where} are not finite, (N >= 2, {width})")
         samples = [x.double() for x in features.values()]
         # x minus the mean of the other N - 1 samples of its task; that of all N has x in it
         residuals = torch.cat([(x - x.mean(0)) * len(x) / (len(x) - 1) for x in samples])
