@@ -25,10 +25,10 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     print(share.retained())  # the part of each task's ΔW that is left: with variance=1.0 all of it
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
-Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. On by default:
+Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Of ours are always on:
 - The mean that phase 1 subtracts is kept, as one more direction of the basis (with_mean).
-- A merge by variance makes no basis smaller than it was (keep_sizes).
-- `learn` with phi > 0 ends in a merge that only adds directions to the bases (grow).
+- A merge by variance makes no basis smaller: most keep their size, without a mean (keep_sizes).
+Unless grow=False, `learn` with phi > 0 ends in a merge that only adds directions to the bases.
 """
 
 import contextlib
@@ -87,8 +87,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # Autocast would round these products to bfloat16. Those with x, in forward, it may.
-    with torch.autocast(beta.device.type, enabled=False):
+    with torch.autocast(beta.device.type, enabled=False):  # A x may be rounded, but not B and A
         return beta @ eps_beta, (alpha @ eps_alpha).T
 
 
@@ -312,7 +311,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
         elif grow:  # ours
             old = share.coefficients[layer]
             merged = grow_layer(share.bases[layer], old, new, variance, k, share.stacking)
-        else:  # the paper's: merge_layer, below. merge_short calls it with shorter columns
+        else:  # the paper's: merge_layer, below; merge_short has the same result, but is faster
             old = share.coefficients[layer]
             merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
         bases[layer], coefficients[layer] = merged
@@ -331,7 +330,7 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again.
+    # 3. Phase 1 again. Here the paper ends.
     merged = build_layer(pairs, variance, (k, k), stacking)
     if k is None:  # ours: a basis that got smaller, as most do, is built again with its old size
         merged = keep_sizes(merged, bases, pairs, variance, stacking)
@@ -340,10 +339,10 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 # --- Part 2, everything else. Behind merge
 def keep_sizes(merged, bases, pairs, variance, stacking):
-    """Ours: merged; but a basis that has become smaller is built again with its old size.
+    """Ours: where a merged basis is smaller than the old one, build it again with the old size.
 
-    This is usual: the old tasks were cut to 60 % before, say, and would now be cut to 60 % of that.
-    A basis that is built by size is of the columns as they are: no mean is subtracted.
+    Without this most merges would shrink the bases: to 60 % before, then to 60 % of that, and so
+    on. By size means, as in `build_basis`, that no mean is subtracted.
     """
     (new_beta, new_alpha), _ = merged
     beta, alpha = bases
@@ -357,14 +356,15 @@ def keep_sizes(merged, bases, pairs, variance, stacking):
 def merge_short(bases, old, new, variance, k, stacking):
     """merge_layer(…), with the same result up to signs, but fast for many old tasks.
 
-    All columns x that merge_layer stacks lie in one small space: those of old tasks in the span of
-    beta, the others in that of the new B's. So write each as x = Q y, with an orthonormal basis Q
-    of that space, and merge the short y = Q^T x. With 32 and 8 columns a y has 40 numbers, where an
-    x has n; and 500 old tasks of rank 8 have 4,000 such columns. As Q keeps lengths and angles:
+    All B's that merge_layer stacks, old and new, lie in the span of beta and of the new B's. Let
+    Q (n, q) be an orthonormal basis of it. Then each column is x = Q y, and y = Q^T x is short:
+    with kβ = 32 and one new adapter of rank 8 it has 40 numbers, whatever n is. A^T likewise. To
+    merge the y gives the same, as Q keeps lengths and angles:
 
-    - Mean: that of the x is Q times that of the y.
-    - Directions: Y = U S V^T gives X = Q Y = (Q U) S V^T. So the x have the basis Q U.
-    - Coefficients: (Q U)^T x = U^T y. They are the same; those of old tasks go in as they are.
+        mean          that of the x is Q times that of the y
+        basis         Y = U S V^T gives X = (Q U) S V^T: if the y have the basis U, the x have Q U
+        coefficients  (Q U)^T x = U^T Q^T Q y = U^T y: those of the y
+        old tasks     Q^T (beta eps) = (Q^T beta) eps: their eps fit the short basis Q^T beta, too
     """
     # 1. Find Q for each side.
     beta, alpha = bases
@@ -454,7 +454,7 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # the attribute that check_linear accepts would hide ShareLinear's forward
+            # a leftover of accelerate, see check_linear: it would hide the forward of the new class
             vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
@@ -596,9 +596,11 @@ class Share:
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]
-                # pairs in the order of start_layer, as a dict would be sorted: an optimizer's saved
-                # state goes by order
-                start[layer] = nn.ParameterDict([("eps_beta", eps_beta), ("eps_alpha", eps_alpha)])
+                # One by one, beta first as in start_layer: nn.ParameterDict sorts a dict by name,
+                # and the saved state of an optimizer goes by order.
+                start[layer] = nn.ParameterDict()
+                start[layer]["eps_beta"] = eps_beta
+                start[layer]["eps_alpha"] = eps_alpha
         if not start:
             raise ValueError(f"task {task!r} has no coefficients to train in any layer")
         return start
@@ -817,16 +819,17 @@ def with_mean(basis, mean, X):
 
 
 def update_columns(B, A_T):
-    """Ours: C and D, which are ΔW (n, d) and ΔW^T, turned so that at most r columns hold them.
+    """Ours: C and D, of at most r columns, with the main directions of ΔW and of ΔW^T.
 
-    With the QR decompositions A^T = Q_A R_A and B = Q_B R_B, where Q^T Q = 1,
+    With the QR decomposition A^T = Q_A R_A, where Q_A^T Q_A = 1,
 
-        C = ΔW Q_A   = B R_A^T Q_A^T Q_A   = B R_A^T
-        D = ΔW^T Q_B = A^T R_B^T Q_B^T Q_B = A^T R_B^T
+        ΔW    = B A = B R_A^T Q_A^T
+        C     = ΔW Q_A = B R_A^T
+        C C^T = B R_A^T R_A B^T = B A A^T B^T = ΔW ΔW^T
 
-    The rows of ΔW lie in the span of Q_A, so C C^T = ΔW ΔW^T: C has the left singular vectors and
-    the singular values of ΔW, and D those of ΔW^T. B and A^T have others, which hang on how ΔW is
-    split: B G and G^-1 A, with any invertible G, have the same ΔW.
+    So C has the left singular vectors and the singular values of ΔW. D is the same for ΔW^T: with
+    B = Q_B R_B it is A^T R_B^T. B and A^T themselves will not do: B G and G^-1 A have the same ΔW,
+    for any invertible G, but other main directions.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
@@ -847,14 +850,14 @@ def update_stacks(pairs):
 def side_by_side(matrices):
     """Matrices (n, r) as one (n, m), each divided by its norm, so that all tasks weigh the same.
 
-    One below ROUNDING times the largest norm may be rounding alone: it is divided by this limit.
-    So a norm of 0.1 limits becomes 0.1, and one of 0 stays 0.
+    A norm below ROUNDING times the largest may be rounding alone: divided by itself, it would weigh
+    as much as a real task. Such a matrix is divided by that limit, and stays below norm 1.
     """
     norms = torch.stack([matrix.double().norm() for matrix in matrices])
-    largest = norms.max()
-    if largest > 0:
-        norms = norms.clamp_min(ROUNDING * largest)
-        matrices = [matrix / norm for matrix, norm in zip(matrices, norms, strict=True)]
+    limit = ROUNDING * norms.max()
+    if limit > 0:  # 0: all matrices are 0
+        divisors = norms.clamp_min(limit)
+        matrices = [matrix / divisor for matrix, divisor in zip(matrices, divisors, strict=True)]
     return torch.cat(matrices, dim=1)
 
 
@@ -877,9 +880,9 @@ def grow_layer(bases, old, new, variance, k, stacking):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. Of ΔW this keeps beta beta^T ΔW alpha alpha^T: all of it, if
-    #    variance is 1, as beta then spans its columns and alpha its rows. (With "updates" B itself
-    #    may lose a part, one that A multiplies by 0.)
+    # 3. Project the new tasks. Their ΔW becomes beta beta^T ΔW alpha alpha^T. If variance is 1,
+    #    beta spans the columns of ΔW and alpha its rows, so that this is ΔW: nothing is lost. (With
+    #    "updates" B may change, if the rows of A are dependent, but B A does not.)
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -897,8 +900,8 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # The part inside is b (b^T b)^-1 b^T X: a float32 b has b^T b = 1 only to 1e-7, which is too
-    # near to ROUNDING.
+    # The part inside is b (b^T b)^-1 b^T X. For b b^T X a float32 b is not orthonormal enough: its
+    # error of 1e-7 ‖X‖ is too near to the rounding below.
     inside = b @ torch.linalg.solve(b.T @ b, b.T @ X)
     outside = X - inside
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
@@ -961,9 +964,9 @@ def whole(parameter):
 def frozen(model):
     """For a block no parameter of a model can train.
 
-    Afterwards requires_grad is as before, and so are the buffers in state_dict(), such as
-    BatchNorm's statistics, if `put_back` can. Others are caches, such as a rotary embedding's.
-    Gradients are dropped.
+    Afterwards requires_grad is as it was. So are the buffers that state_dict() has, such as
+    BatchNorm's statistics, but see `put_back`. All other buffers are caches, such as a rotary
+    embedding's, and keep what the block wrote. Gradients are dropped.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -982,10 +985,10 @@ def frozen(model):
 
 
 def put_back(buffer, value):
-    """buffer.copy_(value); where PyTorch refuses, the buffer stays as it is.
+    """buffer.copy_(value). One that cannot be written stays: an error would lose the training.
 
-    inference_mode: a buffer that was made in it can be written only in it, others can be as well.
-    suppress: an expanded buffer cannot be written at all. An error would lose the training.
+    inference_mode: a buffer that was made in it can be written only there, a normal one there, too.
+    suppress: an expanded buffer can be written nowhere.
     """
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
@@ -1064,9 +1067,9 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # accelerate's offload sets a function on the layer itself, which hides the method of its class:
-    # refused. When its hook is removed, it sets the method again: accepted; attach and detach take
-    # this attribute away.
+    # linear.forward is the method of the class, unless a function is set on the layer itself, as
+    # by accelerate's offload. When its hook is removed, it sets the method there: this is equal,
+    # and passes; attach and detach delete it. (==, as each look-up makes a new bound method.)
     is_patched = linear.forward != types.MethodType(cls.forward, linear)
     if isinstance(linear, nn.Linear) and weight is None:
         reason = "its weight is computed, as by pruning; make it permanent first"
