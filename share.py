@@ -22,7 +22,7 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     batches = torch.randint(64, (9, 8, 16))
     train_coefficients(share, model, "new", batches, lambda model, x: model(x).square().mean())
     share.merge({"c": adapters[2]}, variance=1.0)
-    print(share.retained())  # the part of each task's ΔW that is left: with variance=1.0 all of it
+    print(share.retained())  # the part of each ‖ΔW‖² that is left: with variance=1.0 all of it
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Of ours are always on:

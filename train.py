@@ -710,7 +710,7 @@ def load_peft(directory):
         raise ValueError(f"{directory} is damaged: {error}") from None
     check_plain_lora(config, directory)
     all_A, all_B, extras = {}, {}, {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):  # safetensors gives them in any order
         match = re.fullmatch(PEFT_NAME, name)
         if match is None:
             extras[name] = tensor
