@@ -87,7 +87,8 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    with torch.autocast(beta.device.type, enabled=False):  # A x may be rounded, but not B and A
+    # Under autocast these products would be in half precision, unlike those of `reconstruct`.
+    with torch.autocast(beta.device.type, enabled=False):
         return beta @ eps_beta, (alpha @ eps_alpha).T
 
 
@@ -173,7 +174,7 @@ def main_directions(X, rounding, variance=None, k=None):
 
 
 def project(bases, pair):
-    """The coefficients of (B, A^T): the paper's (beta^T beta)^-1 beta^T B, as beta^T beta = 1."""
+    """beta^T B and alpha^T A^T: the paper's (beta^T beta)^-1 beta^T B, as beta^T beta = 1."""
     beta, alpha = bases
     B, A_T = pair
     return matmul64(beta.T, B), matmul64(alpha.T, A_T)
@@ -308,12 +309,12 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     for layer, new in share._pairs_by_layer(adapters).items():
         if layer not in share.bases:  # a new layer: phase 1
             merged = build_layer(new, variance, (k, k), share.stacking)
-        elif grow:  # ours
-            old = share.coefficients[layer]
-            merged = grow_layer(share.bases[layer], old, new, variance, k, share.stacking)
-        else:  # the paper's: merge_layer, below; merge_short has the same result, but is faster
+        elif not grow:  # the paper's: merge_layer, below; merge_short calls it with short columns
             old = share.coefficients[layer]
             merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
+        else:  # ours
+            old = share.coefficients[layer]
+            merged = grow_layer(share.bases[layer], old, new, variance, k, share.stacking)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
@@ -341,8 +342,9 @@ def merge_layer(bases, old, new, variance, k, stacking):
 def keep_sizes(merged, bases, pairs, variance, stacking):
     """Ours: where a merged basis is smaller than the old one, build it again with the old size.
 
-    Without this most merges would shrink the bases: to 60 % before, then to 60 % of that, and so
-    on. By size means, as in `build_basis`, that no mean is subtracted.
+    A variance of 0.6 drops 40 % of the energy of a stack. In a merge most of the stack is what the
+    last basis kept, so that each merge would drop 40 % of it once more. By size means, as in
+    `build_basis`, that no mean is subtracted.
     """
     (new_beta, new_alpha), _ = merged
     beta, alpha = bases
@@ -365,6 +367,7 @@ def merge_short(bases, old, new, variance, k, stacking):
         basis         Y = U S V^T gives X = (Q U) S V^T: if the y have the basis U, the x have Q U
         coefficients  (Q U)^T x = U^T Q^T Q y = U^T y: those of the y
         old tasks     Q^T (beta eps) = (Q^T beta) eps: their eps fit the short basis Q^T beta, too
+        "updates"     C = B R_A^T becomes Q^T C: R_A depends on A A^T, which stays
     """
     # 1. Find Q for each side.
     beta, alpha = bases
@@ -821,15 +824,14 @@ def with_mean(basis, mean, X):
 def update_columns(B, A_T):
     """Ours: C and D, of at most r columns, with the main directions of ΔW and of ΔW^T.
 
-    With the QR decomposition A^T = Q_A R_A, where Q_A^T Q_A = 1,
+    B and A^T themselves have others: B G and G^-1 A, for any invertible G, have the same ΔW. With
+    the QR decomposition A^T = Q_A R_A, where Q_A^T Q_A = 1, put C = ΔW Q_A:
 
-        ΔW    = B A = B R_A^T Q_A^T
-        C     = ΔW Q_A = B R_A^T
+        C     = B A Q_A = B R_A^T Q_A^T Q_A = B R_A^T
         C C^T = B R_A^T R_A B^T = B A A^T B^T = ΔW ΔW^T
 
     So C has the left singular vectors and the singular values of ΔW. D is the same for ΔW^T: with
-    B = Q_B R_B it is A^T R_B^T. B and A^T themselves will not do: B G and G^-1 A have the same ΔW,
-    for any invertible G, but other main directions.
+    B = Q_B R_B it is A^T R_B^T.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
@@ -839,9 +841,9 @@ def update_columns(B, A_T):
 def update_stacks(pairs):
     """Ours, for "updates": the tasks' C side by side, and their D, each of norm 1.
 
-    Their mean is not subtracted, as it is arbitrary: the same ΔW, split in another way, has another
-    Q_A, and C = ΔW Q_A becomes C O with an orthogonal O (r, r). This leaves C C^T, and so the main
-    directions, but not the mean.
+    No mean is subtracted, as it depends on how ΔW was split: another B and A with the same ΔW give
+    C O in place of C, with an orthogonal O. This changes no main direction, but the mean: C and -C
+    have opposite means.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
     return side_by_side([C for C, _ in updates]), side_by_side([D for _, D in updates])
@@ -881,8 +883,8 @@ def grow_layer(bases, old, new, variance, k, stacking):
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
     # 3. Project the new tasks. Their ΔW becomes beta beta^T ΔW alpha alpha^T. If variance is 1,
-    #    beta spans the columns of ΔW and alpha its rows, so that this is ΔW: nothing is lost. (With
-    #    "updates" B may change, if the rows of A are dependent, but B A does not.)
+    #    beta spans the columns of ΔW and alpha its rows: nothing is lost. (With "updates" only ΔW
+    #    is kept. B changes if A has dependent rows, as ΔW then lacks a part of B.)
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -900,8 +902,8 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # The part inside is b (b^T b)^-1 b^T X. For b b^T X a float32 b is not orthonormal enough: its
-    # error of 1e-7 ‖X‖ is too near to the rounding below.
+    # The part inside is b (b^T b)^-1 b^T X. Not b b^T X: rounded to float32, a basis has b^T b = 1
+    # only to 1e-7, and as much of X would be left outside, too near to `rounding`.
     inside = b @ torch.linalg.solve(b.T @ b, b.T @ X)
     outside = X - inside
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
@@ -985,10 +987,10 @@ def frozen(model):
 
 
 def put_back(buffer, value):
-    """buffer.copy_(value). One that cannot be written stays: an error would lose the training.
+    """buffer.copy_(value), if that is possible; else the buffer keeps what it has.
 
-    inference_mode: a buffer that was made in it can be written only there, a normal one there, too.
-    suppress: an expanded buffer can be written nowhere.
+    Inside inference_mode every buffer can be written; outside of it those made in it cannot. An
+    expanded buffer cannot be written at all. An error would lose the training: suppress it.
     """
     with torch.inference_mode(), contextlib.suppress(RuntimeError):
         buffer.copy_(value)
@@ -1067,9 +1069,9 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # linear.forward is the method of the class, unless a function is set on the layer itself, as
-    # by accelerate's offload. When its hook is removed, it sets the method there: this is equal,
-    # and passes; attach and detach delete it. (==, as each look-up makes a new bound method.)
+    # A forward set on the layer itself, as accelerate's offload does, replaces that of the class.
+    # When its hook is removed, it leaves the class's own on the layer: that is harmless, and not
+    # patched; attach and detach delete it. Each look-up makes a new bound method, so not `is`.
     is_patched = linear.forward != types.MethodType(cls.forward, linear)
     if isinstance(linear, nn.Linear) and weight is None:
         reason = "its weight is computed, as by pruning; make it permanent first"
