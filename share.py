@@ -27,7 +27,7 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Of ours are always on:
 - The mean that phase 1 subtracts is kept, as one more direction of the basis (with_mean).
-- A merge by variance makes no basis smaller: most keep their size, without a mean (keep_sizes).
+- A merge by variance makes no basis smaller: most keep their size, without a mean (keep_size).
 Unless grow=False, `learn` with phi > 0 ends in a merge that only adds directions to the bases.
 """
 
@@ -44,6 +44,7 @@ import safetensors.torch  # pip install "safetensors[torch]": it needs NumPy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 ROUNDING = 1e-6  # relative size below which a singular value or a column counts as 0
 
@@ -96,8 +97,8 @@ def lora_factors(bases, eps):
 def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=None):
     """Phase 1: a share of {task: Adapter}, one or more.
 
-    variance, k: see `build_basis`; the paper's 0.6 may keep little, see `retained`. Later merges go
-    by the same variance. stack: the paper's "factors", or "updates", see `update_stacks`.
+    variance, k: see `build_basis`; the paper's 0.6 may keep little, see `retained`.
+    stack: the paper's "factors", or "updates", ours, see `update_stacks`.
     p: the pseudo-rank, to which tasks are cut; None does not cut.
     """
     check_numbers(variance, k=k, p=p)
@@ -105,17 +106,18 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     bases = {}
     coefficients = {}
     for layer, pairs in share._pairs_by_layer(adapters).items():  # pairs: {task: (B, A^T)}
-        bases[layer], by_task = build_layer(pairs, variance, (k, k), stack)
+        bases[layer], by_task = build_layer(pairs, variance, k, stack)
         coefficients[layer] = {task: best_rank(eps, p) for task, eps in by_task.items()}
     share._store(adapters, bases, coefficients)
     return share
 
 
-def build_layer(pairs, variance, sizes, stacking):
+def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    sizes: the k of beta and of alpha; None: by variance. stacking: "factors", or (ours) "updates".
+    variance, k: see `build_basis`. stacking: the paper's "factors", or "updates", ours.
+    least, ours: in a merge, the sizes that beta and alpha keep, see `keep_size`.
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
     if stacking == "factors":
@@ -126,8 +128,10 @@ def build_layer(pairs, variance, sizes, stacking):
         Bs, A_Ts = update_stacks(pairs)
         centre = False
     # 2. Take the main directions of each.
-    beta = build_basis(Bs, variance, sizes[0], centre=centre)
-    alpha = build_basis(A_Ts, variance, sizes[1], centre=centre)
+    beta = build_basis(Bs, variance, k, centre=centre)
+    alpha = build_basis(A_Ts, variance, k, centre=centre)
+    beta = keep_size(beta, Bs, least[0])
+    alpha = keep_size(alpha, A_Ts, least[1])
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project((beta, alpha), pair) for task, pair in pairs.items()}
     return (beta, alpha), coefficients
@@ -138,8 +142,7 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
 
     variance, the paper's: subtract the mean column, and take the fewest directions that explain
     this part of the rest. Ours: then add the mean's direction, see `with_mean`.
-    Ours, with k or centre=False: the mean is not subtracted. k: take the first k directions, or all
-    if there are fewer; no other k directions hold more of the columns.
+    Ours, with k or centre=False: no mean is subtracted. k: take the first k directions, or all.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -307,14 +310,13 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     bases = {}
     coefficients = {}
     for layer, new in share._pairs_by_layer(adapters).items():
-        if layer not in share.bases:  # a new layer: phase 1
-            merged = build_layer(new, variance, (k, k), share.stacking)
+        old = share.coefficients.get(layer)
+        if old is None:  # a new layer: phase 1
+            merged = build_layer(new, variance, k, share.stacking)
         elif not grow:  # the paper's: merge_layer, below; merge_short calls it with short columns
-            old = share.coefficients[layer]
             merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
         else:  # ours
-            old = share.coefficients[layer]
-            merged = grow_layer(share.bases[layer], old, new, variance, k, share.stacking)
+            merged = grow_layer(share.bases[layer], old, new, variance, k)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
@@ -331,28 +333,22 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Here the paper ends.
-    merged = build_layer(pairs, variance, (k, k), stacking)
-    if k is None:  # ours: a basis that got smaller, as most do, is built again with its old size
-        merged = keep_sizes(merged, bases, pairs, variance, stacking)
-    return merged
+    # 3. Phase 1 again. Ours: no basis gets smaller, unless k says so.
+    least = (0, 0) if k is not None else (beta.shape[1], alpha.shape[1])
+    return build_layer(pairs, variance, k, stacking, least)
 
 
 # --- Part 2, everything else. Behind merge
-def keep_sizes(merged, bases, pairs, variance, stacking):
-    """Ours: where a merged basis is smaller than the old one, build it again with the old size.
+def keep_size(basis, stack, least):
+    """Ours: a basis of a stack, or, if it has fewer than `least` columns, one of `least`.
 
     A variance of 0.6 drops 40 % of the energy of a stack. In a merge most of the stack is what the
     last basis kept, so that each merge would drop 40 % of it once more. By size means, as in
     `build_basis`, that no mean is subtracted.
     """
-    (new_beta, new_alpha), _ = merged
-    beta, alpha = bases
-    k_beta = beta.shape[1] if new_beta.shape[1] < beta.shape[1] else None
-    k_alpha = alpha.shape[1] if new_alpha.shape[1] < alpha.shape[1] else None
-    if k_beta is None and k_alpha is None:
-        return merged
-    return build_layer(pairs, variance, (k_beta, k_alpha), stacking)
+    if basis.shape[1] < least:
+        return build_basis(stack, k=least)
+    return basis
 
 
 def merge_short(bases, old, new, variance, k, stacking):
@@ -360,14 +356,9 @@ def merge_short(bases, old, new, variance, k, stacking):
 
     All B's that merge_layer stacks, old and new, lie in the span of beta and of the new B's. Let
     Q (n, q) be an orthonormal basis of it. Then each column is x = Q y, and y = Q^T x is short:
-    with kβ = 32 and one new adapter of rank 8 it has 40 numbers, whatever n is. A^T likewise. To
-    merge the y gives the same, as Q keeps lengths and angles:
-
-        mean          that of the x is Q times that of the y
-        basis         Y = U S V^T gives X = (Q U) S V^T: if the y have the basis U, the x have Q U
-        coefficients  (Q U)^T x = U^T Q^T Q y = U^T y: those of the y
-        old tasks     Q^T (beta eps) = (Q^T beta) eps: their eps fit the short basis Q^T beta, too
-        "updates"     C = B R_A^T becomes Q^T C: R_A depends on A A^T, which stays
+    with kβ = 32 and one new adapter of rank 8 it has 40 numbers, whatever n is. A^T likewise.
+    Q keeps lengths and angles. So merging the y gives the same coefficients, and bases U for Q U.
+    Old tasks keep their eps: Q^T (beta eps) = (Q^T beta) eps.
     """
     # 1. Find Q for each side.
     beta, alpha = bases
@@ -822,31 +813,24 @@ def with_mean(basis, mean, X):
 
 
 def update_columns(B, A_T):
-    """Ours: C and D, of at most r columns, with the main directions of ΔW and of ΔW^T.
+    """Ours: U S and V S of the SVD ΔW = U S V^T, at most r columns each.
 
-    B and A^T themselves have others: B G and G^-1 A, for any invertible G, have the same ΔW. With
-    the QR decomposition A^T = Q_A R_A, where Q_A^T Q_A = 1, put C = ΔW Q_A:
-
-        C     = B A Q_A = B R_A^T Q_A^T Q_A = B R_A^T
-        C C^T = B R_A^T R_A B^T = B A A^T B^T = ΔW ΔW^T
-
-    So C has the left singular vectors and the singular values of ΔW. D is the same for ΔW^T: with
-    B = Q_B R_B it is A^T R_B^T.
+    Many B and A have the same ΔW. U S and V S depend on ΔW alone, but for the signs of singular
+    vectors (and their rotation, where singular values are equal).
     """
-    R_A = torch.linalg.qr(A_T.double(), mode="r").R
-    R_B = torch.linalg.qr(B.double(), mode="r").R
-    return matmul64(B, R_A.T), matmul64(A_T, R_B.T)
+    Q, R = torch.linalg.qr(B.double())
+    # ΔW = B A = Q (R A), and R A = U S V^T is small: so the SVD of ΔW is (Q U) S V^T.
+    U, S, Vh = torch.linalg.svd(R @ A_T.double().T, full_matrices=False)
+    return ((Q @ U) * S).to(B.dtype), (Vh.T * S).to(A_T.dtype)
 
 
 def update_stacks(pairs):
-    """Ours, for "updates": the tasks' C side by side, and their D, each of norm 1.
+    """Ours, for "updates": the tasks' U S side by side, and their V S, each of norm 1.
 
-    No mean is subtracted, as it depends on how ΔW was split: another B and A with the same ΔW give
-    C O in place of C, with an orthogonal O. This changes no main direction, but the mean: C and -C
-    have opposite means.
+    No mean is subtracted: singular vectors have arbitrary signs, and so their mean says nothing.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
-    return side_by_side([C for C, _ in updates]), side_by_side([D for _, D in updates])
+    return side_by_side([US for US, _ in updates]), side_by_side([VS for _, VS in updates])
 
 
 def side_by_side(matrices):
@@ -863,28 +847,24 @@ def side_by_side(matrices):
     return torch.cat(matrices, dim=1)
 
 
-def grow_layer(bases, old, new, variance, k, stacking):
-    """Phase 3, ours: the bases stay; of each new adapter they get what it has outside of them.
+def grow_layer(bases, old, new, variance, k):
+    """Phase 3, ours: the bases stay, and get what the ΔW of each new adapter has outside of them.
 
     variance: the fraction of that to explain, for each adapter by itself. k: in its place, the size
     up to which a smaller basis grows; earlier adapters take the room first.
     """
-    # 1. Add directions, one adapter after the other, as variance is relative to an adapter.
+    # 1. Add directions of each ΔW, one after the other.
     beta, alpha = bases
     for B, A_T in new.values():
-        if stacking == "factors":
-            C, D = B, A_T
-        else:
-            C, D = update_columns(B, A_T)
-        beta = grow_basis(beta, C, variance, k)
-        alpha = grow_basis(alpha, D, variance, k)
+        US, VS = update_columns(B, A_T)
+        beta = grow_basis(beta, US, variance, k)
+        alpha = grow_basis(alpha, VS, variance, k)
     # 2. Earlier tasks have coefficients of 0 for the added directions.
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
     # 3. Project the new tasks. Their ΔW becomes beta beta^T ΔW alpha alpha^T. If variance is 1,
-    #    beta spans the columns of ΔW and alpha its rows: nothing is lost. (With "updates" only ΔW
-    #    is kept. B changes if A has dependent rows, as ΔW then lacks a part of B.)
+    #    beta spans the columns of ΔW and alpha its rows: nothing is lost.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -923,20 +903,14 @@ def mixed_batch(share, layer, tasks, x):
     beta, alpha = bases[layer]
     nothing = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
     eps = [coefficients[layer].get(task, nothing) for task in tasks]
-    eps_betas = stack_padded([eps_beta for eps_beta, _ in eps])
-    eps_alphas = stack_padded([eps_alpha for _, eps_alpha in eps])
+    # Where p is smaller than elsewhere, rows of zeros are added: (s, p, k).
+    eps_betas = pad_sequence([eps_beta.T for eps_beta, _ in eps], batch_first=True)
+    eps_alphas = pad_sequence([eps_alpha.T for _, eps_alpha in eps], batch_first=True)
     # ΔW x = beta eps_beta eps_alpha^T alpha^T x, from the right; only eps differ by sample s.
     y = x.to(alpha.dtype) @ alpha  # (s, ..., kα)
-    y = torch.einsum("s...k,skp->s...p", y, eps_alphas)  # (s, ..., p)
-    y = torch.einsum("s...p,skp->s...k", y, eps_betas)  # (s, ..., kβ)
+    y = torch.einsum("s...k,spk->s...p", y, eps_alphas)  # (s, ..., p)
+    y = torch.einsum("s...p,spk->s...k", y, eps_betas)  # (s, ..., kβ)
     return y @ beta.T  # (s, ..., n)
-
-
-def stack_padded(matrices):
-    """[(k, p)] as (s, k, p), with columns of zeros where p is smaller than elsewhere."""
-    p = max(matrix.shape[1] for matrix in matrices)
-    wide = [m if m.shape[1] == p else F.pad(m, (0, p - m.shape[1])) for m in matrices]
-    return torch.stack(wide)
 
 
 # --- Behind attach and learn
@@ -967,8 +941,8 @@ def frozen(model):
     """For a block no parameter of a model can train.
 
     Afterwards requires_grad is as it was. So are the buffers that state_dict() has, such as
-    BatchNorm's statistics, but see `put_back`. All other buffers are caches, such as a rotary
-    embedding's, and keep what the block wrote. Gradients are dropped.
+    BatchNorm's statistics. All other buffers are caches, such as a rotary embedding's, and keep
+    what the block wrote. Gradients are dropped.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -983,17 +957,10 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:  # another shape: a new one
-                put_back(buffer, buffers[name])
-
-
-def put_back(buffer, value):
-    """buffer.copy_(value), if that is possible; else the buffer keeps what it has.
-
-    Inside inference_mode every buffer can be written; outside of it those made in it cannot. An
-    expanded buffer cannot be written at all. An error would lose the training: suppress it.
-    """
-    with torch.inference_mode(), contextlib.suppress(RuntimeError):
-        buffer.copy_(value)
+                # Inference mode can write the buffers that were made in it, too. Those that cannot
+                # be written at all, such as expanded ones, are as they were: no reason to raise.
+                with torch.inference_mode(), contextlib.suppress(RuntimeError):
+                    buffer.copy_(buffers[name])
 
 
 def no_fast_path(linear, inputs):
@@ -1069,10 +1036,10 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # A forward set on the layer itself, as accelerate's offload does, replaces that of the class.
-    # When its hook is removed, it leaves the class's own on the layer: that is harmless, and not
-    # patched; attach and detach delete it. Each look-up makes a new bound method, so not `is`.
-    is_patched = linear.forward != types.MethodType(cls.forward, linear)
+    # A forward set on the layer itself, as accelerate's offload does, hides that of its class. When
+    # the hook is removed, it leaves the class's own there, which is harmless.
+    own = vars(linear).get("forward")
+    is_patched = own is not None and own != types.MethodType(cls.forward, linear)
     if isinstance(linear, nn.Linear) and weight is None:
         reason = "its weight is computed, as by pruning; make it permanent first"
     elif type(linear) is not cls:

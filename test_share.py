@@ -578,7 +578,7 @@ def test_growing_keeps_all_and_adds_what_each_has_outside(rule, stack, scale):
     share.merge(new, grow=True, **rule)
     for layer, (beta, alpha) in before.bases.items():
         for adapter in new.values():  # one by one
-            left, right = slow_stacks({"new": adapter.factors[layer]}, stack)
+            left, right = slow_stacks({"new": adapter.factors[layer]}, "updates")  # ΔW's directions
             beta = slow_growth(beta, left, **rule)
             alpha = slow_growth(alpha, right, **rule)
         assert same_span(share.bases[layer][0], beta)
