@@ -25,10 +25,10 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     print(share.retained())  # the part of each ‖ΔW‖² that is left: with variance=1.0 all of it
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
-Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Of ours are always on:
-- The mean that phase 1 subtracts is kept, as one more direction of the basis (with_mean).
-- A merge by variance makes no basis smaller: most keep their size, without a mean (keep_size).
-Unless grow=False, `learn` with phi > 0 ends in a merge that only adds directions to the bases.
+Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Of ours, three are on:
+- Phase 1 adds the direction of the mean, which it had subtracted, to the basis (with_mean).
+- A merge by variance, which would make most bases smaller, leaves these at their size (keep_size).
+- `learn` with phi > 0 ends in a merge that only adds directions (grow_layer), unless grow=False.
 """
 
 import contextlib
@@ -44,7 +44,6 @@ import safetensors.torch  # pip install "safetensors[torch]": it needs NumPy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 ROUNDING = 1e-6  # relative size below which a singular value or a column counts as 0
 
@@ -74,7 +73,7 @@ class ShareLinear(nn.Linear):
     def forward(self, input):
         follow_weight(self)  # the bases come along, if the model has moved to another device
         h = super().forward(input)  # W0 x, plus the layer's bias
-        task = self.share.selected
+        task = self.share.selected  # attach has set self.share, and self.layer, a name
         if isinstance(task, tuple):  # ours: a task for each sample
             return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
         factors = self.share.factors(self.layer, task)  # B = beta eps_beta, A = (alpha eps_alpha)^T
@@ -88,7 +87,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # Under autocast these products would be in half precision, unlike those of `reconstruct`.
+    # In full precision under autocast, too, so that B and A are the same wherever they are used.
     with torch.autocast(beta.device.type, enabled=False):
         return beta @ eps_beta, (alpha @ eps_alpha).T
 
@@ -117,17 +116,16 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
     variance, k: see `build_basis`. stacking: the paper's "factors", or "updates", ours.
-    least, ours: in a merge, the sizes that beta and alpha keep, see `keep_size`.
+    least, ours: in a merge, the sizes that beta and alpha keep at least, see `keep_size`.
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
-    if stacking == "factors":
+    if stacking == "factors":  # the paper's
         Bs = torch.cat([B for B, _ in pairs.values()], dim=1)
         A_Ts = torch.cat([A_T for _, A_T in pairs.values()], dim=1)
-        centre = True
-    else:  # ours: other columns, whose mean says nothing
+    else:  # ours
         Bs, A_Ts = update_stacks(pairs)
-        centre = False
     # 2. Take the main directions of each.
+    centre = stacking == "factors"  # the mean of ours says nothing, see update_stacks
     beta = build_basis(Bs, variance, k, centre=centre)
     alpha = build_basis(A_Ts, variance, k, centre=centre)
     beta = keep_size(beta, Bs, least[0])
@@ -140,9 +138,9 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
 def build_basis(stack, variance=0.6, k=None, *, centre=True):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    variance, the paper's: subtract the mean column, and take the fewest directions that explain
-    this part of the rest. Ours: then add the mean's direction, see `with_mean`.
-    Ours, with k or centre=False: no mean is subtracted. k: take the first k directions, or all.
+    By variance, the paper's: subtract the mean column, and take the fewest directions that explain
+    this part of the rest. Ours: then add the mean's direction, see `with_mean`; centre=False: do
+    not subtract the mean. By k, ours: take the first k directions of the stack as it is, or all.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -169,7 +167,7 @@ def main_directions(X, rounding, variance=None, k=None):
     U, S = left_svd(X)
     if k is None:
         explained = (S**2).cumsum(0)  # by the first direction, by the first two, …
-        wanted = (variance - 1e-12) * (S**2).sum()  # so that 0.5999999999999999 passes for 0.6
+        wanted = (variance - 1e-12) * (S**2).sum()  # 1e-12: rounding may make 0.6 of it 0.59999…
         # If they explain 0.5, 0.8, 1.0, and 0.6 is wanted, one is too few, and k = 2.
         k = int((explained < wanted).sum()) + 1
     rank = int(S.gt(rounding).sum())
@@ -218,7 +216,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     """
     # 1. Start: coefficients of N(0, sigma²) and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
-    trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}
+    trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; step 3 compares it with start
     # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen.
     with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
@@ -229,8 +227,10 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
         return
     # 4. The temporary columns are in no basis. So merge B and A, made of them, as a new adapter.
     factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-    variance = 1.0 if grow else share.variance  # ours, or the paper's
-    share.merge({task: Adapter(factors)}, variance=variance, grow=grow)
+    if grow:  # ours: nothing is lost
+        share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
+    else:  # the paper's
+        share.merge({task: Adapter(factors)})
 
 
 def start_layer(bases, p, phi, sigma, generator):
@@ -267,7 +267,7 @@ def training(share, model, task, trained):
                 follow_weight(linear)  # so that bases and parameters are where the weight is
                 parameters.to(share.bases[layer][0].device)
                 linear.learned = parameters  # so that model.parameters() has them
-            # 3. Have forward use them: it calls Share.factors, and that learned_factors.
+            # 3. Have forward use them: Share.factors makes B and A of share.trained.
             share.trained = trained
             share.learning = task
             share.selected = task
@@ -301,8 +301,8 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}. The layers that they have get new bases and coefficients.
 
     Earlier tasks may lose a part, see `retained`.
-    variance: see `build_basis`; None is the share's. Ours: it makes no basis smaller, unless its
-    tasks span fewer directions, as after `remove`. k, ours: the new size, which may be smaller.
+    variance: see `build_basis`; None is the share's. k, ours: the new size. Without k no basis gets
+    smaller, unless its tasks span fewer directions, as after `remove`.
     grow=True, ours: bases and earlier tasks stay, see `grow_layer`, also for variance and k.
     """
     variance = share.variance if variance is None else variance
@@ -313,10 +313,10 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
         old = share.coefficients.get(layer)
         if old is None:  # a new layer: phase 1
             merged = build_layer(new, variance, k, share.stacking)
-        elif not grow:  # the paper's: merge_layer, below; merge_short calls it with short columns
-            merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
-        else:  # ours
+        elif grow:  # ours
             merged = grow_layer(share.bases[layer], old, new, variance, k)
+        else:  # the paper's: what merge_layer, below, returns; merge_short only makes it faster
+            merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
@@ -340,11 +340,11 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 # --- Part 2, everything else. Behind merge
 def keep_size(basis, stack, least):
-    """Ours: a basis of a stack, or, if it has fewer than `least` columns, one of `least`.
+    """Ours: a basis of a stack; or, if it has fewer than `least` columns, another one with so many.
 
-    A variance of 0.6 drops 40 % of the energy of a stack. In a merge most of the stack is what the
-    last basis kept, so that each merge would drop 40 % of it once more. By size means, as in
-    `build_basis`, that no mean is subtracted.
+    In a merge, most of the stack is what the last basis kept. A variance of 0.6 would drop 40 % of
+    that, and at the next merge again. Instead k=least is taken, as if the caller had asked for it:
+    without a mean, see `build_basis`. In phase 1, least is 0, and nothing happens here.
     """
     if basis.shape[1] < least:
         return build_basis(stack, k=least)
@@ -352,26 +352,30 @@ def keep_size(basis, stack, least):
 
 
 def merge_short(bases, old, new, variance, k, stacking):
-    """merge_layer(…), with the same result up to signs, but fast for many old tasks.
+    """merge_layer(…), with the same result up to signs, but on short columns, so fast.
 
-    All B's that merge_layer stacks, old and new, lie in the span of beta and of the new B's. Let
-    Q (n, q) be an orthonormal basis of it. Then each column is x = Q y, and y = Q^T x is short:
-    with kβ = 32 and one new adapter of rank 8 it has 40 numbers, whatever n is. A^T likewise.
-    Q keeps lengths and angles. So merging the y gives the same coefficients, and bases U for Q U.
-    Old tasks keep their eps: Q^T (beta eps) = (Q^T beta) eps.
+    Each column that merge_layer stacks lies in the span of beta and of the new B's. Let Q (n, q) be
+    an orthonormal basis of it: with kβ = 32 and one new adapter of rank 8, q is 40, whatever n is.
+    So the stack is X = Q Y with short columns Y = Q^T X. If Y = U S V^T, then X = (Q U) S V^T:
+
+        the same S, and so the same k; the bases are U of Y and Q U of X
+        the same coefficients: (Q U)^T X = U^T Q^T Q Y = U^T Y
+
+    Means and norms carry over, too. The old tasks' eps go in as they are, as
+    Q^T (beta eps) = (Q^T beta) eps. A^T likewise.
     """
     # 1. Find Q for each side.
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
-    # 2. Take y = Q^T x of the bases and of the new factors.
+    # 2. Shorten the bases and the new factors.
     short_bases = matmul64(Q_beta.T, beta), matmul64(Q_alpha.T, alpha)
     short_new = {}
     for task, (B, A_T) in new.items():
         short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
-    # 3. Merge the y.
+    # 3. Merge them.
     merged, coefficients = merge_layer(short_bases, old, short_new, variance, k, stacking)
-    # 4. Go back: x = Q y.
+    # 4. Lengthen the new bases.
     short_beta, short_alpha = merged
     long_bases = matmul64(Q_beta, short_beta).to(beta), matmul64(Q_alpha, short_alpha).to(alpha)
     return long_bases, coefficients
@@ -384,9 +388,9 @@ def orthonormal(matrices):
 
 # --- The share, which the phases fill
 class Share:
-    """The bases of all layers, the coefficients of all tasks. A ValueError leaves it as it was."""
+    """The bases of all layers, the coefficients of all tasks. A ValueError changes nothing."""
 
-    # Functions of Part 1 as methods: share.learn(…) is learn(share, …).
+    # Functions of Part 1 (right) become methods (left): share.learn(…) is learn(share, …).
     from_adapters = classmethod(from_adapters)
     learn = learn
     merge = merge
@@ -565,8 +569,7 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
-        # The paper asks for phi < k. Here k differs by layer and side: phi is refused if it is too
-        # large for all of them.
+        # The paper asks for phi < k. Here k differs by layer and side, and the largest one counts.
         max_k = max([basis.shape[1] for bases in self.bases.values() for basis in bases], default=0)
         if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
             raise ValueError(f"phi is {phi!r}; it takes 0 or integers below the largest k, {max_k}")
@@ -705,8 +708,8 @@ class Share:
     def _store(self, adapters, new_bases, new_coefficients):
         """Take in copies of new bases and coefficients, {layer: {task: eps}}.
 
-        adapters: the tasks that are new, or newly trained; each gets a record. Others, whose
-        coefficients a merge has changed, keep their records, with the ‖ΔW‖² that they had at first.
+        adapters: the tasks that are new, or newly trained; these get records. A task of which a
+        merge has only changed the coefficients keeps its record, with the ‖ΔW‖² of its beginning.
         """
         self._check_idle()
         bases = dict(self.bases)
@@ -788,8 +791,7 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     if 0 in (len(eps_beta), len(eps_alpha)):
-        # A basis is empty: ΔW is 0, and its SVD has no columns. Keep p of them, because for `save`
-        # a task without columns is one that lacks the layer.
+        # A basis is empty, so ΔW is 0. For `save`, a task of 0 columns would lack the layer.
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
@@ -819,7 +821,7 @@ def update_columns(B, A_T):
     vectors (and their rotation, where singular values are equal).
     """
     Q, R = torch.linalg.qr(B.double())
-    # ΔW = B A = Q (R A), and R A = U S V^T is small: so the SVD of ΔW is (Q U) S V^T.
+    # ΔW = B A = Q (R A). With R A = U S V^T, which has r rows only, the SVD of ΔW is (Q U) S V^T.
     U, S, Vh = torch.linalg.svd(R @ A_T.double().T, full_matrices=False)
     return ((Q @ U) * S).to(B.dtype), (Vh.T * S).to(A_T.dtype)
 
@@ -836,14 +838,13 @@ def update_stacks(pairs):
 def side_by_side(matrices):
     """Matrices (n, r) as one (n, m), each divided by its norm, so that all tasks weigh the same.
 
-    A norm below ROUNDING times the largest may be rounding alone: divided by itself, it would weigh
-    as much as a real task. Such a matrix is divided by that limit, and stays below norm 1.
+    A norm below ROUNDING times the largest may be rounding alone, and is not blown up to 1.
     """
-    norms = torch.stack([matrix.double().norm() for matrix in matrices])
-    limit = ROUNDING * norms.max()
+    norms = [float(matrix.double().norm()) for matrix in matrices]
+    limit = ROUNDING * max(norms)
     if limit > 0:  # 0: all matrices are 0
-        divisors = norms.clamp_min(limit)
-        matrices = [matrix / divisor for matrix, divisor in zip(matrices, divisors, strict=True)]
+        pairs = zip(matrices, norms, strict=True)
+        matrices = [matrix / max(norm, limit) for matrix, norm in pairs]
     return torch.cat(matrices, dim=1)
 
 
@@ -863,8 +864,8 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. Their ΔW becomes beta beta^T ΔW alpha alpha^T. If variance is 1,
-    #    beta spans the columns of ΔW and alpha its rows: nothing is lost.
+    # 3. Project the new tasks: (beta beta^T B)(A alpha alpha^T) = beta beta^T ΔW alpha alpha^T. If
+    #    variance is 1, beta spans the columns of ΔW and alpha its rows, so that this is ΔW.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -882,15 +883,12 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # The part inside is b (b^T b)^-1 b^T X. Not b b^T X: rounded to float32, a basis has b^T b = 1
-    # only to 1e-7, and as much of X would be left outside, too near to `rounding`.
-    inside = b @ torch.linalg.solve(b.T @ b, b.T @ X)
-    outside = X - inside
+    # X - b b^T X would do, if b^T b were 1. Rounded to float32, it is so only to 1e-7, and as much
+    # of X would seem to be outside. So take the least squares fit of b to X: it needs no b^T b = 1.
+    outside = X - b @ torch.linalg.solve(b.T @ b, b.T @ X)
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
-    if k is None:
-        added = main_directions(outside, rounding, variance)
-    else:
-        added = main_directions(outside, rounding, k=max(0, k - basis.shape[1]))
+    room = None if k is None else max(0, k - basis.shape[1])
+    added = main_directions(outside, rounding, variance, room)
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
 
@@ -901,11 +899,12 @@ def mixed_batch(share, layer, tasks, x):
         raise ValueError(f"{len(tasks)} tasks are selected for a batch of {len(x)} samples")
     bases, coefficients, _ = share.held
     beta, alpha = bases[layer]
-    nothing = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
-    eps = [coefficients[layer].get(task, nothing) for task in tasks]
-    # Where p is smaller than elsewhere, rows of zeros are added: (s, p, k).
-    eps_betas = pad_sequence([eps_beta.T for eps_beta, _ in eps], batch_first=True)
-    eps_alphas = pad_sequence([eps_alpha.T for _, eps_alpha in eps], batch_first=True)
+    # The eps of each sample. They differ in p; None, or a task without this layer, has p = 0.
+    no_columns = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
+    eps = [coefficients[layer].get(task, no_columns) for task in tasks]
+    # Stack the eps^T (p, k) to (s, p, k). Where p is smaller, rows of zeros are added.
+    eps_betas = nn.utils.rnn.pad_sequence([eps_beta.T for eps_beta, _ in eps], batch_first=True)
+    eps_alphas = nn.utils.rnn.pad_sequence([eps_alpha.T for _, eps_alpha in eps], batch_first=True)
     # ΔW x = beta eps_beta eps_alpha^T alpha^T x, from the right; only eps differ by sample s.
     y = x.to(alpha.dtype) @ alpha  # (s, ..., kα)
     y = torch.einsum("s...k,spk->s...p", y, eps_alphas)  # (s, ..., p)
@@ -957,9 +956,8 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:  # another shape: a new one
-                # Inference mode can write the buffers that were made in it, too. Those that cannot
-                # be written at all, such as expanded ones, are as they were: no reason to raise.
-                with torch.inference_mode(), contextlib.suppress(RuntimeError):
+                # A buffer that cannot be written, such as an expanded one, has not changed either.
+                with contextlib.suppress(RuntimeError):
                     buffer.copy_(buffers[name])
 
 
@@ -1036,10 +1034,10 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # A forward set on the layer itself, as accelerate's offload does, hides that of its class. When
-    # the hook is removed, it leaves the class's own there, which is harmless.
-    own = vars(linear).get("forward")
-    is_patched = own is not None and own != types.MethodType(cls.forward, linear)
+    # accelerate's offload sets a forward on the layer itself, which hides that of its class. If it
+    # is undone, the class's own stays there, bound to the layer: an equal method, and no patch.
+    expected = types.MethodType(cls.forward, linear)
+    is_patched = vars(linear).get("forward", expected) != expected
     if isinstance(linear, nn.Linear) and weight is None:
         reason = "its weight is computed, as by pruning; make it permanent first"
     elif type(linear) is not cls:

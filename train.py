@@ -94,7 +94,7 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 # --- The data, the loss and the base model
 # Every stream of prompts has a generator of its own. Streams 0, 1, … are for training on that task,
 # and the number of tasks is for training on all at once. (Models and coefficients are seeded where
-# they are made. Some of these seeds are the same numbers, but start other draws.)
+# they are made. Seeds of different kinds may be equal: they start different draws.)
 PRETRAINING = 98
 KEYS_AND_TESTS = 99
 
@@ -247,7 +247,7 @@ class Experiment:
     def after_task(self, method, t, matrix, learned):
         """Add row t to the matrix, and print a line. learned: the accuracies on tasks 0 to t.
 
-        Tasks not learned yet get the base's accuracies, also where one LoRA is on for all tasks.
+        Tasks not learned yet get the accuracies of the base.
         """
         not_yet = self.base_accuracies[t + 1 :]
         matrix.append(learned + not_yet)
@@ -341,9 +341,9 @@ def metrics(matrix, trained=None, stored=None):
 
     matrix[i][j] is the accuracy on task j after learning tasks 0 to i; for j > i, the base's.
 
-    acc         the mean of the last row
-    bwt         last row minus matrix[j][j] (Lopez-Paz and Ranzato 2017)
-    forgetting  best of column j above the last row, minus the last row (Chaudhry et al. 2018)
+    acc         the accuracies at the end, a mean
+    bwt         at the end minus just after learning the task (Lopez-Paz and Ranzato 2017)
+    forgetting  the best before the last task minus at the end (Chaudhry et al. 2018)
 
     The latter two are means over all tasks j but the last.
 
@@ -432,21 +432,22 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """The least number of tasks t, from `first` on, for which Share stores less; None if for none.
+    """The least number of tasks, from `first` on, for which Share stores less; None if for none.
 
-    LoRAs store t lora_each. Of first tasks Share stores more each, as they keep LoRA's rank:
+    Each task saves a difference to a LoRA. Once, Share pays an overhead: its bases, and that the
+    coefficients of the first tasks are wider, as they keep LoRA's rank. It stores less as soon as
 
-        bases + first first_each + (t - first) later_each = fixed + t later_each
+        tasks * saved_each > overhead
 
     """
     share = methods["share"]
-    lora_each = methods[other]["trained_per_task"]
+    tasks = len(share["accuracy_matrix"])
     later_each = share["trained_per_task"]  # a later task stores what it trains
-    fixed = share["stored"] - len(share["accuracy_matrix"]) * later_each
-    if lora_each <= later_each:
+    overhead = share["stored"] - tasks * later_each
+    saved_each = methods[other]["trained_per_task"] - later_each
+    if saved_each <= 0:
         return None
-    equal_at = fixed / (lora_each - later_each)
-    return max(first, math.floor(equal_at) + 1)
+    return max(first, overhead // saved_each + 1)
 
 
 def spread(values, digits):
@@ -734,20 +735,20 @@ def load_peft(directory):
 
 
 def check_plain_lora(config, directory):
-    """ValueError, with what the config says, unless ΔW = scaling * B A beside an unchanged W0."""
-    says = {name: config[name] for name in PEFT_VARIANTS if config.get(name)}
+    """ValueError, with the options at fault, unless ΔW = scaling * B A beside an unchanged W0."""
+    at_fault = {name: config[name] for name in PEFT_VARIANTS if config.get(name)}
     if config.get("peft_type") != "LORA":
-        says["peft_type"] = config.get("peft_type")
+        at_fault["peft_type"] = config.get("peft_type")
     if config.get("init_lora_weights") not in PEFT_STARTS:
-        says["init_lora_weights"] = config["init_lora_weights"]
-    if says:
-        raise ValueError(f"{directory} is no plain LoRA on an unchanged model: {says}")
+        at_fault["init_lora_weights"] = config["init_lora_weights"]
+    if at_fault:
+        raise ValueError(f"{directory} is no plain LoRA on an unchanged model: {at_fault}")
 
 
 def check_extras(extras, config, directory):
     """ValueError for a LoRA tensor that is no A or B of a layer, such as DoRA's magnitudes.
 
-    Extras are stored, but never applied, so that it would be ignored in silence. A head called,
+    Extras are stored, but never applied: such a tensor would be ignored in silence. A head called,
     say, lora_head is fine: modules_to_save lists it.
     """
     heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
@@ -774,13 +775,12 @@ def peft_scaling(config, layer, r, directory):
 def save_peft(adapter, directory):
     """Write an Adapter for PEFT. Every layer gets the largest rank, padded with zeros.
 
-    Of its config the options in PEFT_DROPPED are left out. Overwritten are peft_type, r,
-    init_lora_weights, lora_alpha and use_rslora (so that the scaling is 1, as B has it already),
-    and target_modules, see `peft_targets`. The rest is kept. ValueError if the adapter is malformed
-    or JSON cannot hold its config; then nothing is written.
+    Its config is kept, except that the options in PEFT_DROPPED go, r and all that makes the scaling
+    are set anew (to a scaling of 1, as B has it already), and target_modules is `peft_targets`'.
+    ValueError if the adapter is malformed or JSON cannot hold its config; then nothing is written.
     """
     directory = Path(directory)
-    check_adapter(directory.name, adapter, {})
+    check_adapter(directory.name, adapter, shapes={})  # {}: no layer has to have a known shape
     r = max(len(A) for _, A in adapter.factors.values())
     config = {key: adapter.config[key] for key in adapter.config if key not in PEFT_DROPPED}
     config |= {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False}
@@ -793,9 +793,11 @@ def save_peft(adapter, directory):
         raise ValueError(f"{directory}: {words}: {error}") from None
     tensors = dict(adapter.extras)
     for layer, (B, A) in adapter.factors.items():  # readers that know one rank need it everywhere
-        missing = r - len(A)  # rows of A, columns of B
-        tensors[f"base_model.model.{layer}.lora_A.weight"] = F.pad(A, (0, 0, 0, missing))
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = F.pad(B, (0, missing))
+        missing = r - len(A)
+        rows = A.new_zeros(missing, A.shape[1])
+        columns = B.new_zeros(len(B), missing)
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.cat([A, rows])
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.cat([B, columns], dim=1)
     for name, tensor in tensors.items():  # safetensors takes no views
         tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     raw = safetensors.torch.save(tensors, {"format": "pt"})
@@ -810,19 +812,20 @@ def peft_targets(adapter):
     It fits if it names all layers, and exclude_modules or layers_to_transform did not narrow it.
     `save_peft` drops these two, as PEFT refuses one of them beside a pattern.
     """
-    layers = list(adapter.factors)
-    pattern = "|".join(re.escape(layer) for layer in layers)
-    for key in ("exclude_modules", "layers_to_transform"):
-        if adapter.config.get(key) not in (None, [], ""):  # 0 narrows it, too: to layer 0
-            return pattern
-    old = adapter.config.get("target_modules") or []
-    if isinstance(old, str):  # a regular expression
-        fits = all(re.fullmatch(old, layer) for layer in layers)
-    else:  # ends of names; of none, if it is empty
-        old = sorted(old) if isinstance(old, set) else old  # JSON has no set
-        endings = tuple(f".{ending}" for ending in old)
-        fits = all(f".{layer}".endswith(endings) for layer in layers)
-    return old if fits else pattern
+    targets = adapter.config.get("target_modules") or []
+    if isinstance(targets, set):
+        targets = sorted(targets)  # JSON has no set
+
+    def is_named(layer):  # as PEFT decides it
+        if isinstance(targets, str):  # a regular expression
+            return re.fullmatch(targets, layer)
+        return any(f".{layer}".endswith(f".{ending}") for ending in targets)
+
+    narrowing = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
+    is_narrowed = any(value not in (None, [], "") for value in narrowing)  # 0 is layer 0
+    if not is_narrowed and all(is_named(layer) for layer in adapter.factors):
+        return targets
+    return "|".join(re.escape(layer) for layer in adapter.factors)
 
 
 # --- When nobody names the task (ours; the paper takes it as known)
@@ -857,8 +860,7 @@ class Router:
                 where = f"task {task!r}: features {tuple(x.shape)}"
                 raise ValueError(f"{where} are not finite, (N >= 2, {width})")
         samples = [x.double() for x in features.values()]
-        # x minus the mean of the other N - 1 samples of its task; that of all N has x in it
-        residuals = torch.cat([(x - x.mean(0)) * len(x) / (len(x) - 1) for x in samples])
+        residuals = torch.cat([minus_mean_of_others(x) for x in samples])
         scale = whitening(residuals)
         means = torch.stack([x.mean(0) for x in samples]) @ scale
         own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)  # 98 % are nearer
@@ -879,21 +881,30 @@ class Router:
             raise ValueError(f"features {tuple(features.shape)} are not (N, {len(self.scale)})")
         scaled = features.to(self.scale) @ self.scale
         distances, nearest = torch.cdist(scaled, self.means).min(dim=1)
-        pairs = zip(distances, nearest, strict=True)
+        pairs = zip(distances.tolist(), nearest.tolist(), strict=True)
         return [self.tasks[i] if distance <= self.radius else None for distance, i in pairs]
+
+
+def minus_mean_of_others(x):
+    """Each row of x (N, f) minus the mean of the N - 1 other rows.
+
+    If m is the mean of all rows, that of the others is (N m - x) / (N - 1), so the difference is
+
+        x - (N m - x) / (N - 1) = (x - m) N / (N - 1)
+
+    """
+    return (x - x.mean(0)) * len(x) / (len(x) - 1)
 
 
 def whitening(residuals):
     """A matrix M (f, f) with which ‖x M‖ is the Mahalanobis distance of the row x.
 
-    With C, the covariance of the residuals (N, f), and the Cholesky decomposition C^-1 = M M^T
-
-        ‖x M‖² = x M M^T x^T = x C^-1 x^T
-
-    A tenth of C is replaced by its diagonal, as few samples make some directions look too certain.
+    With C the covariance of the residuals (N, f), which have mean 0, and a Cholesky decomposition
+    C^-1 = M M^T, where M is lower triangular, ‖x M‖² = x M M^T x^T = x C^-1 x^T.
     """
     covariance = residuals.T @ residuals / len(residuals)
     variances = covariance.diagonal()
+    # Few samples make some directions look too certain. So a tenth of C is its diagonal alone.
     least = 1e-6 * variances.max() + 1e-30  # for a constant feature, whose variance is 0
     C = 0.9 * covariance + 0.1 * variances.clamp_min(least).diag()
     return torch.linalg.cholesky(torch.linalg.inv(C))
