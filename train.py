@@ -1,7 +1,8 @@
 """Share and LoRA at work. The method itself is share.py; here it is only called.
 
-In each layer all tasks share two bases, beta (n, k) and alpha (d, k). A task has coefficients in
-them, eps_beta and eps_alpha (k, p), which give its change of the layer's weight (n, d):
+In each layer all tasks share two bases, beta (n, kβ) and alpha (d, kα), of orthonormal columns. A
+task has coefficients in them, eps_beta (kβ, p) and eps_alpha (kα, p), which give its change of the
+layer's weight (n, d). This has rank p, the pseudo-rank; here p = 1:
 
     ΔW = B A  with  B = beta eps_beta  and  A = (alpha eps_alpha)^T
 
@@ -10,8 +11,13 @@ them, eps_beta and eps_alpha (k, p), which give its change of the layer's weight
     phase 3  share.learn, phi > 0   each later task trains phi temporary columns beside each basis,
                                     too, which are then merged into the basis (with --all)
 
-Phase 1 is not quite the paper's: it makes the bases of the tasks' ΔW (stack="updates", ours), not
-of their B and A (stack="factors"). The experiment is `compare`.
+In phase 1 the bases are main directions, by an SVD, of stacked columns. Of two stacks the second
+one is used here; it does not change if a task's B and A are others with the same product:
+
+    stack="factors"  the paper's  beta of [B1 B2 …], alpha of [A1^T A2^T …]
+    stack="updates"  ours         beta of [ΔW1 ΔW2 …], alpha of [ΔW1^T ΔW2^T …], each ΔW of norm 1
+
+The experiment is `compare`.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -320,15 +326,16 @@ class Experiment:
             accuracies.append(accuracy(model, self.tests[t]))
         return accuracies
 
-    def learn_tasks(self, method, share, first_rows, phi=0, grow=True):
+    def learn_tasks(self, method, share, lora_matrix, phi=0, grow=True):
         """Learn the tasks that the share lacks, one by one. Returns the attached model and the row.
 
-        first_rows: the rows of the accuracy matrix for the tasks that it has, [] for none. They are
-        those of the LoRAs, so that what phase 1 loses of these counts as forgetting.
+        The tasks that it has were learned by LoRA. So the rows of the accuracy matrix that belong
+        to these are LoRA's, and what phase 1 loses of such a task counts as forgetting.
         """
         model = share.attach(copy.deepcopy(self.base))
-        matrix = list(first_rows)
-        for t in range(len(first_rows), len(self.names)):
+        known = len(share.tasks)  # the first tasks, or none
+        matrix = lora_matrix[:known]
+        for t in range(known, len(self.names)):
             trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
             self.after_task(method, t, matrix, learned)
@@ -393,16 +400,16 @@ def compare(s, everything=False):
     # Phase 1: bases from the first tasks' LoRA adapters. These tasks' coefficients have rank r.
     first_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(first_adapters, variance=s.variance, stack=s.stack)
-    first_rows = rows["lora_per_task"]["accuracy_matrix"][: s.first]
+    lora_matrix = rows["lora_per_task"]["accuracy_matrix"]
     # Phase 2: coefficients of s.p columns for each later task.
     share = copy.deepcopy(built)  # phase 3 begins with `built` again
-    model, rows["share"] = e.learn_tasks("share", share, first_rows)
+    model, rows["share"] = e.learn_tasks("share", share, lora_matrix)
     if not everything:
         return rows
     # Phase 3: the same with temporary columns, merged after each task, by the paper's way or ours.
     for method, grow in (("share_merge", False), ("share_grow", True)):
         merging = copy.deepcopy(built)
-        _, rows[method] = e.learn_tasks(method, merging, first_rows, phi=1, grow=grow)
+        _, rows[method] = e.learn_tasks(method, merging, lora_matrix, phi=1, grow=grow)
     return rows | other_rows(e, built, share, model)
 
 
@@ -434,20 +441,19 @@ def check(methods):
 def break_even(methods, other, first):
     """The least number of tasks, from `first` on, for which Share stores less; None if for none.
 
-    Each task saves a difference to a LoRA. Once, Share pays an overhead: its bases, and that the
-    coefficients of the first tasks are wider, as they keep LoRA's rank. It stores less as soon as
+    LoRAs store   tasks * lora_each
+    Share stores  tasks * later_each + fixed
 
-        tasks * saved_each > overhead
-
+    fixed: the bases, and the surplus of the first tasks, whose coefficients keep LoRA's rank.
+    So Share stores less as soon as tasks > fixed / (lora_each - later_each).
     """
     share = methods["share"]
-    tasks = len(share["accuracy_matrix"])
     later_each = share["trained_per_task"]  # a later task stores what it trains
-    overhead = share["stored"] - tasks * later_each
-    saved_each = methods[other]["trained_per_task"] - later_each
-    if saved_each <= 0:
+    fixed = share["stored"] - len(share["accuracy_matrix"]) * later_each
+    lora_each = methods[other]["trained_per_task"]
+    if lora_each <= later_each:
         return None
-    return max(first, overhead // saved_each + 1)
+    return max(first, fixed // (lora_each - later_each) + 1)
 
 
 def spread(values, digits):
@@ -809,8 +815,9 @@ def save_peft(adapter, directory):
 def peft_targets(adapter):
     """target_modules to save: the old value if it still fits, else a pattern that lists the layers.
 
-    It fits if it names all layers, and exclude_modules or layers_to_transform did not narrow it.
-    `save_peft` drops these two, as PEFT refuses one of them beside a pattern.
+    It fits if it names all layers (it may name others, too: PEFT starts these with ΔW = 0) and was
+    not narrowed by exclude_modules or layers_to_transform. `save_peft` drops these two, as PEFT
+    refuses one of them beside a pattern.
     """
     targets = adapter.config.get("target_modules") or []
     if isinstance(targets, set):
@@ -847,32 +854,25 @@ class Router:
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
         own     98 % of the samples are nearer than this to the mean of the others of their task
+                (no sample is compared with a mean that it is part of)
         other   98 % are farther than this from the nearest mean of another task
 
-        The radius is half-way between own and other, but never less than own: tasks that overlap
-        (other < own) get own, and so does a single task, which has no other.
+        radius = max(own, (own + other) / 2): half-way; own, if tasks overlap or there is only one
         """
-        if not features:
-            raise ValueError("features is empty; it takes {task: features (N, f)}, one or more")
-        width = next(iter(features.values())).shape[-1]
-        for task, x in features.items():
-            if x.dim() != 2 or len(x) < 2 or x.shape[1] != width or not x.isfinite().all():
-                where = f"task {task!r}: features {tuple(x.shape)}"
-                raise ValueError(f"{where} are not finite, (N >= 2, {width})")
+        check_features(features)
         samples = [x.double() for x in features.values()]
         residuals = torch.cat([minus_mean_of_others(x) for x in samples])
         scale = whitening(residuals)
         means = torch.stack([x.mean(0) for x in samples]) @ scale
-        own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)  # 98 % are nearer
+        own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
         radius = own
         if len(samples) > 1:
             to_nearest = []
             for i, x in enumerate(samples):
-                distances = torch.cdist(x @ scale, means)  # (N, tasks)
-                distances[:, i] = math.inf  # not its own task
-                to_nearest.append(distances.min(dim=1).values)
-            other = torch.quantile(torch.cat(to_nearest), 0.02)  # 98 % are farther
-            radius = torch.maximum(own, (own + other) / 2)  # half-way, but own if tasks overlap
+                other_means = torch.cat([means[:i], means[i + 1 :]])
+                to_nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
+            other = torch.quantile(torch.cat(to_nearest), 0.02)
+            radius = torch.maximum(own, (own + other) / 2)
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -883,6 +883,17 @@ class Router:
         distances, nearest = torch.cdist(scaled, self.means).min(dim=1)
         pairs = zip(distances.tolist(), nearest.tolist(), strict=True)
         return [self.tasks[i] if distance <= self.radius else None for distance, i in pairs]
+
+
+def check_features(features):
+    """ValueError unless {task: features (N, f)} is as `Router.fit` needs it."""
+    if not features:
+        raise ValueError("features is empty; it takes {task: features (N, f)}, one or more")
+    width = next(iter(features.values())).shape[-1]
+    for task, x in features.items():
+        if x.dim() != 2 or len(x) < 2 or x.shape[1] != width or not x.isfinite().all():
+            where = f"task {task!r}: features {tuple(x.shape)}"
+            raise ValueError(f"{where} are not finite, (N >= 2, {width})")
 
 
 def minus_mean_of_others(x):
@@ -904,10 +915,12 @@ def whitening(residuals):
     """
     covariance = residuals.T @ residuals / len(residuals)
     variances = covariance.diagonal()
-    # Few samples make some directions look too certain. So a tenth of C is its diagonal alone.
-    least = 1e-6 * variances.max() + 1e-30  # for a constant feature, whose variance is 0
-    C = 0.9 * covariance + 0.1 * variances.clamp_min(least).diag()
-    return torch.linalg.cholesky(torch.linalg.inv(C))
+    # Of a constant feature the variance is 0, and C would have no inverse: raise it to a millionth
+    # of the largest one. (1e-30, in case all features are constant.)
+    variances = variances.clamp_min(1e-6 * variances.max() + 1e-30)
+    # Few samples make some directions look too certain: mix in a tenth of the diagonal.
+    C = 0.9 * covariance + 0.1 * variances.diag()
+    return torch.linalg.cholesky(torch.linalg.inv(C))  # M
 
 
 def average(share, tasks, name, p=None):
@@ -935,7 +948,7 @@ def average(share, tasks, name, p=None):
 # --- The command
 def main(argv=None):
     args = parse_args(argv)
-    # More threads are of no use to matrices this small, or smaller. Costs are those of one core.
+    # Matrices this small gain nothing from more threads. Costs (--scaling) are those of one core.
     torch.set_num_threads(1 if args.quick or args.scaling else 2)
     s = Settings(seed=args.seed)
     if args.quick:
