@@ -140,7 +140,7 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
 
     By variance, the paper's: subtract the mean column, and take the fewest directions that explain
     this part of the rest. Ours: then add the mean's direction, see `with_mean`; centre=False: do
-    not subtract the mean. By k, ours: take the first k directions of the stack as it is, or all.
+    not subtract the mean. By k, ours: the first k directions of the stack itself, or fewer.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -315,7 +315,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, k, share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], old, new, variance, k)
-        else:  # the paper's: what merge_layer, below, returns; merge_short only makes it faster
+        else:  # the paper's: merge_layer, below; merge_short returns the same, but is faster
             merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
@@ -791,7 +791,8 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     if 0 in (len(eps_beta), len(eps_alpha)):
-        # A basis is empty, so ΔW is 0. For `save`, a task of 0 columns would lack the layer.
+        # A basis is empty, so ΔW is 0. The SVD would return 0 columns, and these mean, in the file
+        # of `save`, that the task lacks the layer. So keep p.
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
@@ -883,8 +884,9 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # X - b b^T X would do, if b^T b were 1. Rounded to float32, it is so only to 1e-7, and as much
-    # of X would seem to be outside. So take the least squares fit of b to X: it needs no b^T b = 1.
+    # X - b b^T X would do, if b^T b were 1. But b is rounded to float32, and that error, some 1e-8
+    # of X, is not small beside what is outside, if this is little: directions made of it would not
+    # be orthogonal to b. The least squares fit of b to X needs no b^T b = 1.
     outside = X - b @ torch.linalg.solve(b.T @ b, b.T @ X)
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
     room = None if k is None else max(0, k - basis.shape[1])
@@ -956,7 +958,7 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:  # another shape: a new one
-                # A buffer that cannot be written, such as an expanded one, has not changed either.
+                # An expanded buffer raises in copy_. The block could not write it either.
                 with contextlib.suppress(RuntimeError):
                     buffer.copy_(buffers[name])
 
