@@ -1729,11 +1729,11 @@ MATRIX = [[0.6, 0.9, 0.2], [0.9, 0.8, 0.1], [0.7, 0.5, 1.0]]  # row i: after lea
 
 
 def test_the_metrics_are_those_worked_out_by_hand():
-    metrics = train.metrics(MATRIX)
+    metrics = train.metrics(MATRIX, trained=1, stored=2)
     assert metrics["acc"] == pytest.approx((0.7 + 0.5 + 1.0) / 3)
     assert metrics["bwt"] == pytest.approx(((0.7 - 0.6) + (0.5 - 0.8)) / 2)
     assert metrics["forgetting"] == pytest.approx(((0.9 - 0.7) + (0.9 - 0.5)) / 2)
-    assert train.metrics([[0.5, 0.0], [0.9, 1.0]])["forgetting"] == pytest.approx(-0.4)
+    assert train.metrics([[0.5, 0.0], [0.9, 1.0]], 1, 2)["forgetting"] == pytest.approx(-0.4)
 
 
 def test_the_spread_is_the_standard_deviation():

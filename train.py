@@ -11,11 +11,13 @@ layer's weight (n, d). This has rank p, the pseudo-rank; here p = 1:
     phase 3  share.learn, phi > 0   each later task trains phi temporary columns beside each basis,
                                     too, which are then merged into the basis (with --all)
 
-In phase 1 the bases are main directions, by an SVD, of stacked columns. Of two stacks the second
-one is used here; it does not change if a task's B and A are others with the same product:
+In phase 1 the bases are main directions, by an SVD, of stacked columns. The experiment has
 
-    stack="factors"  the paper's  beta of [B1 B2 …], alpha of [A1^T A2^T …]
     stack="updates"  ours         beta of [ΔW1 ΔW2 …], alpha of [ΔW1^T ΔW2^T …], each ΔW of norm 1
+    and not
+    stack="factors"  the paper's  beta of [B1 B2 …], alpha of [A1^T A2^T …]
+
+as a ΔW has many factors: B M and M^-1 A, for any invertible M, have the same product as B and A.
 
 The experiment is `compare`.
 
@@ -250,17 +252,17 @@ class Experiment:
         """The accuracies of a model, as it is, on all tasks."""
         return [accuracy(model, test) for test in self.tests]
 
-    def after_task(self, method, t, matrix, learned):
-        """Add row t to the matrix, and print a line. learned: the accuracies on tasks 0 to t.
+    def new_row(self, method, learned):
+        """The row of the accuracy matrix after learning tasks 0 to t, of which a line is printed.
 
-        Tasks not learned yet get the accuracies of the base.
+        learned: the accuracies on these. Tasks not learned yet get the accuracies of the base.
         """
-        not_yet = self.base_accuracies[t + 1 :]
-        matrix.append(learned + not_yet)
+        t = len(learned) - 1
         so_far = mean(learned)
         print(
             f"{method:16}task {t:2}  accuracy {learned[t]:.3f}  mean of tasks so far {so_far:.3f}"
         )
+        return learned + self.base_accuracies[t + 1 :]
 
     def new_lora(self, start_name, r):
         """A copy of the base with a new LoRA, whose start depends on seed and name alone."""
@@ -285,7 +287,7 @@ class Experiment:
             model, trained = self.train_lora(method, t, r, lr)
             adapters[name] = lora_adapter(model)
             learned.append(accuracy(model, self.tests[t]))
-            self.after_task(method, t, matrix, learned)
+            matrix.append(self.new_row(method, learned))
         return adapters, metrics(matrix, trained, stored=len(adapters) * trained)
 
     def lora_sequential(self):
@@ -296,26 +298,24 @@ class Experiment:
         for t in range(len(self.names)):
             trained = fit(model, self.batches(t, s.lora_steps), s.lora_lr)
             learned = self.accuracies(model)[: t + 1]
-            self.after_task("lora_sequential", t, matrix, learned)
+            matrix.append(self.new_row("lora_sequential", learned))
         return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Learn task t; returns how many numbers were trained.
+        """Learn task t; returns how many numbers were trained. The share is attached to the model.
 
-        phi = 0, phase 2  The bases stay. Trained are eps_beta and eps_alpha, (k, p) each:
-                              B = beta eps_beta  and  A = (alpha eps_alpha)^T
-        phi > 0, phase 3  Trained are, too, phi temporary columns C beside each basis:
-                              B = [beta, C] eps_beta  with  eps_beta (k + phi, p);  A likewise.
-                          Then C is merged into beta:
-          grow=True   ours: beta gets the directions of C that it lacks; no earlier ΔW changes
-          grow=False  the paper's: new bases of all tasks, made as in phase 1; earlier ΔW may change
+        phi = 0, phase 2  Trained are the coefficients, eps_beta (kβ, p) and eps_alpha (kα, p).
+        phi > 0, phase 3  Trained are, too, phi temporary columns beside each basis, so that there
+                          are coefficients (kβ + phi, p) and (kα + phi, p). Then they are merged:
+            grow=True     ours: bases get the directions that they lack; no earlier ΔW changes
+            grow=False    the paper's: new bases of all tasks, as in phase 1; earlier ΔW may change
         """
         s = self.s
         seed = 100 * s.seed + t  # of the start of the coefficients and of C
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
-            # In this block only the coefficients, and C, require gradients.
+            # In this block only these numbers, as parameters of the model, require gradients.
             trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        # At the end of the block C is merged, and the share has the task.
+        # At the end of the block columns are merged, and the share has the task.
         return trained
 
     def selected_accuracies(self, share, model, tasks):
@@ -329,8 +329,8 @@ class Experiment:
     def learn_tasks(self, method, share, lora_matrix, phi=0, grow=True):
         """Learn the tasks that the share lacks, one by one. Returns the attached model and the row.
 
-        The tasks that it has were learned by LoRA. So the rows of the accuracy matrix that belong
-        to these are LoRA's, and what phase 1 loses of such a task counts as forgetting.
+        The tasks that it has were learned by LoRA, so the first rows of the accuracy matrix are
+        LoRA's. Then what phase 1 loses of these tasks counts as forgetting.
         """
         model = share.attach(copy.deepcopy(self.base))
         known = len(share.tasks)  # the first tasks, or none
@@ -338,31 +338,37 @@ class Experiment:
         for t in range(known, len(self.names)):
             trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
-            self.after_task(method, t, matrix, learned)
+            matrix.append(self.new_row(method, learned))
         return model, metrics(matrix, trained, num_parameters(share))
 
 
 # --- Rows of the table
-def metrics(matrix, trained=None, stored=None):
+def metrics(matrix, trained, stored):
     """The row of a method that learns tasks one by one.
 
     matrix[i][j] is the accuracy on task j after learning tasks 0 to i; for j > i, the base's.
 
-    acc         the accuracies at the end, a mean
+    acc         the accuracies at the end
     bwt         at the end minus just after learning the task (Lopez-Paz and Ranzato 2017)
     forgetting  the best before the last task minus at the end (Chaudhry et al. 2018)
 
-    The latter two are means over all tasks j but the last.
+    All are means over the tasks; the latter two leave out the last one.
 
     trained: how many numbers were trained for the last task. stored: how many, for all tasks.
     """
-    *before, last = matrix
-    earlier = range(len(before))  # all tasks but the last
+    *before, end = matrix
+    bwt = []
+    forgetting = []
+    for j in range(len(before)):
+        just_after = matrix[j][j]
+        best = max(row[j] for row in before)
+        bwt.append(end[j] - just_after)
+        forgetting.append(best - end[j])
     return {
         "accuracy_matrix": matrix,
-        "acc": mean(last),
-        "bwt": mean([last[j] - matrix[j][j] for j in earlier]),
-        "forgetting": mean([max(row[j] for row in before) - last[j] for j in earlier]),
+        "acc": mean(end),
+        "bwt": mean(bwt),
+        "forgetting": mean(forgetting),
         "trained_per_task": trained,
         "stored": stored,
     }
@@ -382,10 +388,13 @@ def num_parameters(share, task=None):
     """How many numbers are stored: for one task (coefficients, extras), or in all, bases too."""
     if task is None:
         return num_basis_parameters(share) + sum(num_parameters(share, x) for x in share.tasks)
-    tensors = list(share.reconstruct(task).extras.values())  # such as a head; here there are none
-    for by_task in share.coefficients.values():  # of a layer: {task: (eps_beta, eps_alpha)}
-        tensors += by_task.get(task, ())
-    return sum(tensor.numel() for tensor in tensors)
+    extras = share.reconstruct(task).extras.values()  # such as a head; here there are none
+    total = sum(extra.numel() for extra in extras)
+    for by_task in share.coefficients.values():  # of a layer
+        if task in by_task:
+            eps_beta, eps_alpha = by_task[task]
+            total += eps_beta.numel() + eps_alpha.numel()
+    return total
 
 
 # --- The story
@@ -444,8 +453,7 @@ def break_even(methods, other, first):
     LoRAs store   tasks * lora_each
     Share stores  tasks * later_each + fixed
 
-    fixed: the bases, and the surplus of the first tasks, whose coefficients keep LoRA's rank.
-    So Share stores less as soon as tasks > fixed / (lora_each - later_each).
+    fixed: the bases, and what the first tasks store more, as their coefficients keep LoRA's rank
     """
     share = methods["share"]
     later_each = share["trained_per_task"]  # a later task stores what it trains
@@ -453,7 +461,10 @@ def break_even(methods, other, first):
     lora_each = methods[other]["trained_per_task"]
     if lora_each <= later_each:
         return None
-    return max(first, fixed // (lora_each - later_each) + 1)
+    tasks = first
+    while tasks * lora_each <= tasks * later_each + fixed:
+        tasks += 1
+    return tasks
 
 
 def spread(values, digits):
@@ -479,6 +490,110 @@ def print_table(runs, first):
         tasks = [break_even(run["methods"], other, first) for run in runs]
         if None not in tasks:
             print(f"from {spread(tasks, 0)} tasks on share stores less than {other}")
+
+
+# --- When nobody names the task (ours; the paper takes it as known)
+@dataclass
+class Router:
+    """Picks the task: the nearest class mean, or the base (None) when none is near (radius).
+
+    Features (N, f) are multiplied by scale (f, f), see `whitening`, before distances are taken.
+    """
+
+    tasks: list[str]
+    means: Tensor  # (t, f), scaled
+    scale: Tensor
+    radius: float
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, features):
+        """From {task: features (N, f)}, of which none is kept; better many more than f in all.
+
+        own     98 % of the samples are nearer than this to the mean of their task (taken without
+                the sample itself, as in use a sample is no part of the mean)
+        other   98 % are farther than this from the nearest mean of another task
+
+        radius = max(own, (own + other) / 2): half-way; own, if tasks overlap or there is only one
+        """
+        check_features(features)
+        samples = [x.double() for x in features.values()]
+        residuals = torch.cat([minus_mean_of_others(x) for x in samples])
+        scale = whitening(residuals)
+        means = torch.stack([x.mean(0) for x in samples]) @ scale
+        own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
+        radius = own
+        if len(samples) > 1:
+            to_nearest = []
+            for i, x in enumerate(samples):
+                other_means = torch.cat([means[:i], means[i + 1 :]])
+                to_nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
+            other = torch.quantile(torch.cat(to_nearest), 0.02)
+            radius = torch.maximum(own, (own + other) / 2)
+        return cls(list(features), means, scale, float(radius))
+
+    def route(self, features):
+        """features (N, f) -> for each sample its task or None, as `Share.select` takes them."""
+        if features.dim() != 2 or features.shape[1] != len(self.scale):
+            raise ValueError(f"features {tuple(features.shape)} are not (N, {len(self.scale)})")
+        scaled = features.to(self.scale) @ self.scale
+        distances, nearest = torch.cdist(scaled, self.means).min(dim=1)
+        pairs = zip(distances.tolist(), nearest.tolist(), strict=True)
+        return [self.tasks[i] if distance <= self.radius else None for distance, i in pairs]
+
+
+def check_features(features):
+    """ValueError unless {task: features (N, f)} is as `Router.fit` needs it."""
+    if not features:
+        raise ValueError("features is empty; it takes {task: features (N, f)}, one or more")
+    width = next(iter(features.values())).shape[-1]
+    for task, x in features.items():
+        if x.dim() != 2 or len(x) < 2 or x.shape[1] != width or not x.isfinite().all():
+            where = f"task {task!r}: features {tuple(x.shape)}"
+            raise ValueError(f"{where} are not finite, (N >= 2, {width})")
+
+
+def minus_mean_of_others(x):
+    """Each row of x (N, f) minus the mean of the N - 1 other rows."""
+    means = (x.sum(0) - x) / (len(x) - 1)
+    return x - means
+
+
+def whitening(residuals):
+    """A matrix M (f, f) with which ‖x M‖ is the Mahalanobis distance of the row x.
+
+    With C the covariance of the residuals (N, f), which have mean 0, and a Cholesky decomposition
+    C^-1 = M M^T, where M is lower triangular, ‖x M‖² = x M M^T x^T = x C^-1 x^T.
+    """
+    covariance = residuals.T @ residuals / len(residuals)
+    variances = covariance.diagonal()
+    least = 1e-6 * variances.max() + 1e-30  # so that C has an inverse if a feature is constant
+    # Few samples make some directions look too certain: mix in a tenth of the diagonal.
+    C = 0.9 * covariance + 0.1 * variances.clamp_min(least).diag()
+    M = torch.linalg.cholesky(torch.linalg.inv(C))
+    return M
+
+
+def average(share, tasks, name, p=None):
+    """A new task: the best rank-p fit to the mean of the tasks' ΔW (p None: all of it).
+
+    Coefficients cannot be averaged, as (B, A) and (-B, -A) are the same ΔW. But the mean of ΔW is
+
+        (B1 A1 + B2 A2 + … + Bn An) / n = [B1 B2 … Bn] / n times [A1; A2; …; An]
+
+    """
+    adapters = [share.reconstruct(task) for task in tasks]
+    n = len(adapters)  # also in a layer that a task lacks: its ΔW is 0 there
+    factors = {}
+    for layer in share.layers:
+        pairs = [adapter.factors[layer] for adapter in adapters if layer in adapter.factors]
+        if pairs:
+            B = torch.cat([B for B, _ in pairs], dim=1) / n
+            factors[layer] = B, torch.cat([A for _, A in pairs])
+    # Without p, `add` would store all these columns. With it, at most kβ or kα, the best ones: if p
+    # is as large as there are columns, nothing is lost by that.
+    all_columns = max((len(A) for _, A in factors.values()), default=1)
+    share.add(name, Adapter(factors), p=all_columns if p is None else p)
 
 
 # --- The other rows, of --all
@@ -524,24 +639,28 @@ def random_bases(share, seed):
 
 @torch.no_grad()
 def share_routed(e, share, model):
-    """The `Router`, below, picks the task of each prompt; for a key in clear the base."""
+    """The `Router` picks the task of each prompt; for a key in clear the base."""
     body = copy.deepcopy(e.base)
     body.head = nn.Identity()  # so that body(tokens) are the base's hidden states (b, 15, width)
+
+    def hidden(tokens):
+        return body(tokens).mean(1)  # (b, width), the mean over the prompt
+
     features = {}
     for t, name in enumerate(e.names):
-        prompts = torch.cat([tokens for tokens, _ in e.batches(t, steps=8)])
-        features[name] = body(prompts).mean(1)  # over the prompt
+        features[name] = hidden(torch.cat([tokens for tokens, _ in e.batches(t, steps=8)]))
     router = Router.fit(features)
-    accuracies = []
-    for batch in [*e.tests, e.clear_test]:
+
+    def routed_accuracy(batch):
         tokens, _ = batch
-        names = router.route(body(tokens).mean(1))  # for each prompt a task's, or None: the base
+        names = router.route(hidden(tokens))  # for each prompt a task's name, or None: the base
         share.select(names)  # a mixed batch
-        accuracies.append(accuracy(model, batch))
-    *of_tasks, of_clear = accuracies
+        return accuracy(model, batch)
+
+    of_tasks = [routed_accuracy(test) for test in e.tests]
     stored = num_parameters(share) + router.means.numel() + router.scale.numel()
     row = row_of_accuracies(of_tasks, stored)
-    row["base_kept"] = of_clear / accuracy(e.base, e.clear_test)
+    row["base_kept"] = routed_accuracy(e.clear_test) / accuracy(e.base, e.clear_test)
     return row
 
 
@@ -553,12 +672,12 @@ def sweep(s):
     for t, name in enumerate(e.names[: s.first]):
         lora, _ = e.train_lora("lora_per_task", t, s.r, s.lora_lr)
         adapters[name] = lora_adapter(lora)
-    print("\nfrom   how many tasks made the bases; 0: random ones of the sizes in the line before")
+    print("\nfrom   how many tasks made the bases, or random ones, of the sizes in the line before")
     print("k      directions of a basis, on average")
     print("first  accuracy of the tasks that made the bases, at rank r; nan: there are none")
     print("new    accuracy of two more tasks, learned at p")
     print("grow   how phi columns are merged: by ours (True) or by the paper's phase 3 (False)")
-    print("from  variance  stack       k  p  phi   grow   first    new  trained   stored")
+    print("from    variance  stack       k  p  phi   grow   first    new  trained   stored")
     for variance, stack in itertools.product((0.6, 0.9), ("factors", "updates")):
         built = Share.from_adapters(adapters, variance=variance, stack=stack)
         for p in (1, 4):
@@ -584,7 +703,8 @@ def ablation(e, built, p, phi=0, grow=True):
     for t in new_tasks:
         trained = e.learn_task(share, model, t, p, phi, grow)
     of_new = mean(e.selected_accuracies(share, model, new_tasks))
-    line = f"{len(built.tasks):4} {share.variance:9}  {share.stacking:7} {k:5.1f} {p:2} {phi:4}"
+    made_of = len(built.tasks) or "random"
+    line = f"{made_of:6} {share.variance:9}  {share.stacking:7} {k:5.1f} {p:2} {phi:4}"
     how = str(grow) if phi > 0 else "-"
     line += f" {how:>6} {of_first:7.3f} {of_new:6.3f}"
     print(f"{line} {trained:8} {num_parameters(share):8}", flush=True)
@@ -637,7 +757,7 @@ def load_and_merge(path, adapter):
 
 
 def load_and_merge_as_published(path, adapter):
-    """The same by the paper's steps; only their time is of interest."""
+    """The paper's phase 3 as published, for its time alone: unlike ours, it loses the mean."""
     share = Share.load(path)
     pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
     B_stack = torch.cat([B for B, _ in pairs], dim=1)  # (n, columns of all tasks)
@@ -647,13 +767,14 @@ def load_and_merge_as_published(path, adapter):
 
 
 def new_coefficients(columns, k):
-    """Columns (n, m) -> their coefficients (k, m) in a new basis of k directions.
+    """Columns (n, m) -> their coefficients (k, m) in k directions of the centred columns.
 
-    As published, the basis is made of the centred columns, and used for the columns as they are.
+    The columns are not centred when they are projected, so that most of their mean gets lost.
     """
     centred = columns - columns.mean(1, keepdim=True)
     U, _, _ = torch.linalg.svd(centred, full_matrices=False)
-    return U[:, :k].T @ columns
+    basis = U[:, :k]
+    return basis.T @ columns
 
 
 def svg(methods, seed):
@@ -833,116 +954,6 @@ def peft_targets(adapter):
     if not is_narrowed and all(is_named(layer) for layer in adapter.factors):
         return targets
     return "|".join(re.escape(layer) for layer in adapter.factors)
-
-
-# --- When nobody names the task (ours; the paper takes it as known)
-@dataclass
-class Router:
-    """Picks the task: the nearest class mean, or the base (None) when none is near (radius).
-
-    Features (N, f) are multiplied by scale (f, f), see `whitening`, before distances are taken.
-    """
-
-    tasks: list[str]
-    means: Tensor  # (t, f), scaled
-    scale: Tensor
-    radius: float
-
-    @classmethod
-    @torch.no_grad()
-    def fit(cls, features):
-        """From {task: features (N, f)}, of which none is kept; better many more than f in all.
-
-        own     98 % of the samples are nearer than this to the mean of the others of their task
-                (no sample is compared with a mean that it is part of)
-        other   98 % are farther than this from the nearest mean of another task
-
-        radius = max(own, (own + other) / 2): half-way; own, if tasks overlap or there is only one
-        """
-        check_features(features)
-        samples = [x.double() for x in features.values()]
-        residuals = torch.cat([minus_mean_of_others(x) for x in samples])
-        scale = whitening(residuals)
-        means = torch.stack([x.mean(0) for x in samples]) @ scale
-        own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
-        radius = own
-        if len(samples) > 1:
-            to_nearest = []
-            for i, x in enumerate(samples):
-                other_means = torch.cat([means[:i], means[i + 1 :]])
-                to_nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
-            other = torch.quantile(torch.cat(to_nearest), 0.02)
-            radius = torch.maximum(own, (own + other) / 2)
-        return cls(list(features), means, scale, float(radius))
-
-    def route(self, features):
-        """features (N, f) -> for each sample its task or None, as `Share.select` takes them."""
-        if features.dim() != 2 or features.shape[1] != len(self.scale):
-            raise ValueError(f"features {tuple(features.shape)} are not (N, {len(self.scale)})")
-        scaled = features.to(self.scale) @ self.scale
-        distances, nearest = torch.cdist(scaled, self.means).min(dim=1)
-        pairs = zip(distances.tolist(), nearest.tolist(), strict=True)
-        return [self.tasks[i] if distance <= self.radius else None for distance, i in pairs]
-
-
-def check_features(features):
-    """ValueError unless {task: features (N, f)} is as `Router.fit` needs it."""
-    if not features:
-        raise ValueError("features is empty; it takes {task: features (N, f)}, one or more")
-    width = next(iter(features.values())).shape[-1]
-    for task, x in features.items():
-        if x.dim() != 2 or len(x) < 2 or x.shape[1] != width or not x.isfinite().all():
-            where = f"task {task!r}: features {tuple(x.shape)}"
-            raise ValueError(f"{where} are not finite, (N >= 2, {width})")
-
-
-def minus_mean_of_others(x):
-    """Each row of x (N, f) minus the mean of the N - 1 other rows.
-
-    If m is the mean of all rows, that of the others is (N m - x) / (N - 1), so the difference is
-
-        x - (N m - x) / (N - 1) = (x - m) N / (N - 1)
-
-    """
-    return (x - x.mean(0)) * len(x) / (len(x) - 1)
-
-
-def whitening(residuals):
-    """A matrix M (f, f) with which ‖x M‖ is the Mahalanobis distance of the row x.
-
-    With C the covariance of the residuals (N, f), which have mean 0, and a Cholesky decomposition
-    C^-1 = M M^T, where M is lower triangular, ‖x M‖² = x M M^T x^T = x C^-1 x^T.
-    """
-    covariance = residuals.T @ residuals / len(residuals)
-    variances = covariance.diagonal()
-    # Of a constant feature the variance is 0, and C would have no inverse: raise it to a millionth
-    # of the largest one. (1e-30, in case all features are constant.)
-    variances = variances.clamp_min(1e-6 * variances.max() + 1e-30)
-    # Few samples make some directions look too certain: mix in a tenth of the diagonal.
-    C = 0.9 * covariance + 0.1 * variances.diag()
-    return torch.linalg.cholesky(torch.linalg.inv(C))  # M
-
-
-def average(share, tasks, name, p=None):
-    """A new task: the best rank-p fit to the mean of the tasks' ΔW (p None: all of it).
-
-    Coefficients cannot be averaged, as (B, A) and (-B, -A) are the same ΔW. But the mean of ΔW is
-
-        (B1 A1 + B2 A2 + … + Bn An) / n = [B1 B2 … Bn] / n times [A1; A2; …; An]
-
-    """
-    adapters = [share.reconstruct(task) for task in tasks]
-    n = len(adapters)  # also in a layer that a task lacks: its ΔW is 0 there
-    factors = {}
-    for layer in share.layers:
-        pairs = [adapter.factors[layer] for adapter in adapters if layer in adapter.factors]
-        if pairs:
-            B = torch.cat([B for B, _ in pairs], dim=1) / n
-            factors[layer] = B, torch.cat([A for _, A in pairs])
-    if p is None:
-        # `add` cuts to p columns. This is how many there are, so it cuts nothing.
-        p = max((len(A) for _, A in factors.values()), default=1)
-    share.add(name, Adapter(factors), p)
 
 
 # --- The command
