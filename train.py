@@ -2,24 +2,24 @@
 
 In each layer all tasks share two bases, beta (n, kβ) and alpha (d, kα), of orthonormal columns. A
 task has coefficients in them, eps_beta (kβ, p) and eps_alpha (kα, p), which give its change of the
-layer's weight (n, d). This has rank p, the pseudo-rank; here p = 1:
+layer's weight (n, d), of rank p. The first tasks keep LoRA's rank, each later one has p = 1:
 
     ΔW = B A  with  B = beta eps_beta  and  A = (alpha eps_alpha)^T
 
     phase 1  Share.from_adapters    the LoRA adapters of the first tasks make the bases
     phase 2  share.learn            each later task trains its coefficients alone
     phase 3  share.learn, phi > 0   each later task trains phi temporary columns beside each basis,
-                                    too, which are then merged into the basis (with --all)
+                                    too, which are then merged into the basis
 
-In phase 1 the bases are main directions, by an SVD, of stacked columns. The experiment has
+In phase 1 a basis gets the main directions, by an SVD, of columns stacked from the first tasks: as
+many as explain a part of their variance that is given. There are two stacks:
 
-    stack="updates"  ours         beta of [ΔW1 ΔW2 …], alpha of [ΔW1^T ΔW2^T …], each ΔW of norm 1
-    and not
-    stack="factors"  the paper's  beta of [B1 B2 …], alpha of [A1^T A2^T …]
+    stack="factors"  the paper's  beta from [B1 B2 …], alpha from [A1^T A2^T …]
+    stack="updates"  ours         beta from [ΔW1 ΔW2 …], alpha from [ΔW1^T ΔW2^T …],
+                                  each ΔW divided by its (Frobenius) norm
 
-as a ΔW has many factors: B M and M^-1 A, for any invertible M, have the same product as B and A.
-
-The experiment is `compare`.
+The experiment has "updates", as one ΔW has many factors: B M and M^-1 A for any invertible M. It is
+`compare`; read that first.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -82,14 +82,14 @@ class Settings:
     batch: int = 16  # prompts a step
     joint_steps: int = 600  # of a training on all tasks at once
     test: int = 128  # prompts behind each accuracy
-    # LoRA; its rate falls to 0
+    # LoRA; its learning rate falls to 0
     r: int = 8  # rank
     lora_steps: int = 100  # per task; after these every LoRA has an accuracy of 1.000
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
-    # Share; its rate does not fall
+    # Share; its learning rate stays
     stack: str = "updates"  # ours, bases of the tasks' ΔW; "factors", the paper's, of their B and A
-    variance: float = 0.95  # that the bases explain
+    variance: float = 0.95  # the part of it that the bases explain
     p: int = 1  # pseudo-rank: columns of a later task's coefficients
     general_p: int = 4  # columns of the one set of coefficients in share_general
     steps: int = 150  # per task
@@ -100,8 +100,8 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 
 
 # --- The data, the loss and the base model
-# Every stream of prompts has a generator of its own. Streams 0, 1, … are for training on that task,
-# and the number of tasks is for training on all at once. (Models and coefficients are seeded where
+# Each stream of prompts has a generator of its own. Stream t is for training on task t, and the one
+# after the last task's for training on all tasks at once. (Models and coefficients are seeded where
 # they are made. Seeds of different kinds may be equal: they start different draws.)
 PRETRAINING = 98
 KEYS_AND_TESTS = 99
@@ -141,7 +141,7 @@ def fit(model, batches, lr, last_lr=0.0):
     The rate goes linearly from lr to last_lr.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    batches = list(batches)
+    batches = list(batches)  # the schedule needs their number
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(
         optimizer, start_factor=1.0, end_factor=last_lr / lr, total_iters=len(batches)
@@ -252,10 +252,10 @@ class Experiment:
         """The accuracies of a model, as it is, on all tasks."""
         return [accuracy(model, test) for test in self.tests]
 
-    def new_row(self, method, learned):
-        """The row of the accuracy matrix after learning tasks 0 to t, of which a line is printed.
+    def matrix_row(self, method, learned):
+        """Print a line on task t, the last one learned; return its row of the accuracy matrix.
 
-        learned: the accuracies on these. Tasks not learned yet get the accuracies of the base.
+        learned: the accuracies on tasks 0 to t. Later tasks get the accuracies of the base.
         """
         t = len(learned) - 1
         so_far = mean(learned)
@@ -279,7 +279,7 @@ class Experiment:
         return model, trained
 
     def lora_per_task(self, method, r, lr):
-        """A LoRA for each task: {task: Adapter}, and their row."""
+        """A LoRA for each task: {task: Adapter}, and their row of the table."""
         adapters = {}
         learned = []  # accuracy of each task with its LoRA, which later tasks do not change
         matrix = []
@@ -287,7 +287,7 @@ class Experiment:
             model, trained = self.train_lora(method, t, r, lr)
             adapters[name] = lora_adapter(model)
             learned.append(accuracy(model, self.tests[t]))
-            matrix.append(self.new_row(method, learned))
+            matrix.append(self.matrix_row(method, learned))
         return adapters, metrics(matrix, trained, stored=len(adapters) * trained)
 
     def lora_sequential(self):
@@ -298,7 +298,7 @@ class Experiment:
         for t in range(len(self.names)):
             trained = fit(model, self.batches(t, s.lora_steps), s.lora_lr)
             learned = self.accuracies(model)[: t + 1]
-            matrix.append(self.new_row("lora_sequential", learned))
+            matrix.append(self.matrix_row("lora_sequential", learned))
         return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
@@ -311,12 +311,11 @@ class Experiment:
             grow=False    the paper's: new bases of all tasks, as in phase 1; earlier ΔW may change
         """
         s = self.s
-        seed = 100 * s.seed + t  # of the start of the coefficients and of C
+        seed = 100 * s.seed + t  # of the start of the coefficients and temporary columns
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
             # In this block only these numbers, as parameters of the model, require gradients.
             trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        # At the end of the block columns are merged, and the share has the task.
-        return trained
+        return trained  # at the end of the block the share has got the task
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
@@ -329,8 +328,8 @@ class Experiment:
     def learn_tasks(self, method, share, lora_matrix, phi=0, grow=True):
         """Learn the tasks that the share lacks, one by one. Returns the attached model and the row.
 
-        The tasks that it has were learned by LoRA, so the first rows of the accuracy matrix are
-        LoRA's. Then what phase 1 loses of these tasks counts as forgetting.
+        The tasks that it has were learned by LoRA, so their rows of the accuracy matrix are LoRA's.
+        If phase 1 loses accuracy on them, this counts as forgetting.
         """
         model = share.attach(copy.deepcopy(self.base))
         known = len(share.tasks)  # the first tasks, or none
@@ -338,7 +337,7 @@ class Experiment:
         for t in range(known, len(self.names)):
             trained = self.learn_task(share, model, t, self.s.p, phi, grow)
             learned = self.selected_accuracies(share, model, range(t + 1))
-            matrix.append(self.new_row(method, learned))
+            matrix.append(self.matrix_row(method, learned))
         return model, metrics(matrix, trained, num_parameters(share))
 
 
@@ -406,7 +405,7 @@ def compare(s, everything=False):
     adapters, rows["lora_per_task"] = e.lora_per_task("lora_per_task", s.r, s.lora_lr)
     _, rows["lora_r1"] = e.lora_per_task("lora_r1", 1, s.lora_r1_lr)
     rows["lora_sequential"] = e.lora_sequential()
-    # Phase 1: bases from the first tasks' LoRA adapters. These tasks' coefficients have rank r.
+    # Phase 1: bases from the first tasks' LoRA adapters. These tasks keep rank r.
     first_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(first_adapters, variance=s.variance, stack=s.stack)
     lora_matrix = rows["lora_per_task"]["accuracy_matrix"]
@@ -450,21 +449,17 @@ def check(methods):
 def break_even(methods, other, first):
     """The least number of tasks, from `first` on, for which Share stores less; None if for none.
 
-    LoRAs store   tasks * lora_each
-    Share stores  tasks * later_each + fixed
+        tasks * lora_each > tasks * later_each + fixed
 
-    fixed: the bases, and what the first tasks store more, as their coefficients keep LoRA's rank
+    fixed: the bases, and what the first tasks store more than later ones, as they keep LoRA's rank
     """
     share = methods["share"]
     later_each = share["trained_per_task"]  # a later task stores what it trains
     fixed = share["stored"] - len(share["accuracy_matrix"]) * later_each
-    lora_each = methods[other]["trained_per_task"]
-    if lora_each <= later_each:
+    saved_each = methods[other]["trained_per_task"] - later_each
+    if saved_each <= 0:
         return None
-    tasks = first
-    while tasks * lora_each <= tasks * later_each + fixed:
-        tasks += 1
-    return tasks
+    return max(first, fixed // saved_each + 1)
 
 
 def spread(values, digits):
@@ -510,11 +505,11 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-        own     98 % of the samples are nearer than this to the mean of their task (taken without
-                the sample itself, as in use a sample is no part of the mean)
-        other   98 % are farther than this from the nearest mean of another task
+        own     98 % of the samples are nearer to the mean of the other samples of their task
+        other   98 % of the samples are farther from the means of all other tasks
 
-        radius = max(own, (own + other) / 2): half-way; own, if tasks overlap or there is only one
+        The radius is half-way between these two distances, or own, if other is smaller (the tasks
+        overlap) or there is only one task.
         """
         check_features(features)
         samples = [x.double() for x in features.values()]
@@ -562,16 +557,15 @@ def minus_mean_of_others(x):
 def whitening(residuals):
     """A matrix M (f, f) with which ‖x M‖ is the Mahalanobis distance of the row x.
 
-    With C the covariance of the residuals (N, f), which have mean 0, and a Cholesky decomposition
-    C^-1 = M M^T, where M is lower triangular, ‖x M‖² = x M M^T x^T = x C^-1 x^T.
+    C is 0.9 times the covariance of the residuals (N, f) and 0.1 times its diagonal, as few samples
+    make some directions look too certain. If C^-1 = M M^T, such as by Cholesky's decomposition,
+    then ‖x M‖² = x M M^T x^T = x C^-1 x^T.
     """
-    covariance = residuals.T @ residuals / len(residuals)
+    covariance = residuals.T @ residuals / len(residuals)  # residuals have mean 0
     variances = covariance.diagonal()
     least = 1e-6 * variances.max() + 1e-30  # so that C has an inverse if a feature is constant
-    # Few samples make some directions look too certain: mix in a tenth of the diagonal.
     C = 0.9 * covariance + 0.1 * variances.clamp_min(least).diag()
-    M = torch.linalg.cholesky(torch.linalg.inv(C))
-    return M
+    return torch.linalg.cholesky(torch.linalg.inv(C))
 
 
 def average(share, tasks, name, p=None):
@@ -590,10 +584,10 @@ def average(share, tasks, name, p=None):
         if pairs:
             B = torch.cat([B for B, _ in pairs], dim=1) / n
             factors[layer] = B, torch.cat([A for _, A in pairs])
-    # Without p, `add` would store all these columns. With it, at most kβ or kα, the best ones: if p
-    # is as large as there are columns, nothing is lost by that.
-    all_columns = max((len(A) for _, A in factors.values()), default=1)
-    share.add(name, Adapter(factors), p=all_columns if p is None else p)
+    if p is None:  # no ΔW in the bases has a higher rank than this, so that nothing is cut
+        ranks = [min(beta.shape[1], alpha.shape[1]) for beta, alpha in share.bases.values()]
+        p = max(1, max(ranks, default=1))
+    share.add(name, Adapter(factors), p)
 
 
 # --- The other rows, of --all
@@ -713,8 +707,9 @@ def ablation(e, built, p, phi=0, grow=True):
 def scaling(seed, counts, n=1024, r=8):
     """The costs of building and merging, by the number of tasks: one layer, made-up adapters.
 
-    Nothing is trained. Share has its own defaults, not those of Settings.
+    Nothing is trained. The share is the paper's.
     """
+    build_share = partial(Share.from_adapters, variance=0.6, stack="factors")
     torch.manual_seed(seed)
     B_span = torch.linalg.qr(torch.randn(n, 32)).Q  # 32 directions that all tasks share
     A_span = torch.linalg.qr(torch.randn(n, 32)).Q
@@ -736,11 +731,11 @@ def scaling(seed, counts, n=1024, r=8):
         path = Path(folder) / "share.safetensors"
         for tasks in counts:
             adapters = {f"task {i}": new_adapter() for i in range(tasks)}
-            build = seconds(Share.from_adapters, adapters)
-            Share.from_adapters(adapters).save(path)
+            build = seconds(build_share, adapters)
+            build_share(adapters).save(path)
             merge = 1000 * seconds(load_and_merge, path, new_adapter())
             published = 1000 * seconds(load_and_merge_as_published, path, new_adapter())
-            stored = num_parameters(Share.from_adapters(adapters, p=1))  # cut to one column a task
+            stored = num_parameters(build_share(adapters, p=1))  # cut to one column a task
             line = f"{tasks:5} {build:7.2f} {merge:7.1f} {published:10.1f} {published / merge:7.1f}"
             print(f"{line} {stored:8,} {2 * tasks * n * r:11,}", flush=True)
 
@@ -757,7 +752,7 @@ def load_and_merge(path, adapter):
 
 
 def load_and_merge_as_published(path, adapter):
-    """The paper's phase 3 as published, for its time alone: unlike ours, it loses the mean."""
+    """The paper's phase 3 step by step, for its time alone; the result is not used."""
     share = Share.load(path)
     pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
     B_stack = torch.cat([B for B, _ in pairs], dim=1)  # (n, columns of all tasks)
@@ -767,9 +762,10 @@ def load_and_merge_as_published(path, adapter):
 
 
 def new_coefficients(columns, k):
-    """Columns (n, m) -> their coefficients (k, m) in k directions of the centred columns.
+    """Coefficients (k, m) of columns (n, m) in the k main directions of the centred columns.
 
-    The columns are not centred when they are projected, so that most of their mean gets lost.
+    As published, the columns themselves are projected, so that the part of their mean outside of
+    these directions is lost. (share.py keeps it.)
     """
     centred = columns - columns.mean(1, keepdim=True)
     U, _, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -934,11 +930,11 @@ def save_peft(adapter, directory):
 
 
 def peft_targets(adapter):
-    """target_modules to save: the old value if it still fits, else a pattern that lists the layers.
+    """target_modules to save: the old value if it names all layers, else a pattern that lists them.
 
-    It fits if it names all layers (it may name others, too: PEFT starts these with ΔW = 0) and was
-    not narrowed by exclude_modules or layers_to_transform. `save_peft` drops these two, as PEFT
-    refuses one of them beside a pattern.
+    (It may name others, too: PEFT starts these with ΔW = 0.) An old value that exclude_modules or
+    layers_to_transform have narrowed is not kept: `save_peft` drops these two, as PEFT refuses one
+    of them beside a pattern.
     """
     targets = adapter.config.get("target_modules") or []
     if isinstance(targets, set):
