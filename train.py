@@ -35,8 +35,8 @@ task t. A prompt for the key 3 0 15, in clear and as that of task 1, and the ans
     task 1    33 33 33   5  1  0   2  2  2  15 15 15   7  8  9
     answer               8  1 15   5  2  1   2 15 14  10  8  8
 
-    python train.py              Share; a LoRA per task (rank 8 and 1); one LoRA through all tasks
-    python train.py --all        all other rows of the README's table, and the claims about them
+    python train.py              phases 1 and 2; LoRA per task (rank 8 and 1); one LoRA for all
+    python train.py --all        phase 3, too, and all other rows of the README's table
     python train.py --seeds 5    several seeds: mean ± standard deviation
     python train.py --sweep      the ablations: variance, stack and p; and what phi is for
     python train.py --scaling    what building and a merge cost
@@ -136,7 +136,7 @@ def accuracy(model, batch):
 
 
 def fit(model, batches, lr, last_lr=0.0):
-    """Train all parameters that require gradients with Adam; returns how many numbers they have.
+    """Train, with Adam, the parameters that require gradients; returns how many numbers these are.
 
     The rate goes linearly from lr to last_lr.
     """
@@ -412,13 +412,13 @@ def compare(s, everything=False):
     # Phase 2: coefficients of s.p columns for each later task.
     share = copy.deepcopy(built)  # phase 3 begins with `built` again
     model, rows["share"] = e.learn_tasks("share", share, lora_matrix)
-    if not everything:
-        return rows
-    # Phase 3: the same with temporary columns, merged after each task, by the paper's way or ours.
-    for method, grow in (("share_merge", False), ("share_grow", True)):
-        merging = copy.deepcopy(built)
-        _, rows[method] = e.learn_tasks(method, merging, lora_matrix, phi=1, grow=grow)
-    return rows | other_rows(e, built, share, model)
+    if everything:
+        # Phase 3: the same with temporary columns, merged after each task, the paper's way or ours.
+        for method, grow in (("share_merge", False), ("share_grow", True)):
+            merging = copy.deepcopy(built)
+            _, rows[method] = e.learn_tasks(method, merging, lora_matrix, phi=1, grow=grow)
+        rows |= other_rows(e, built, share, model)
+    return rows
 
 
 # --- The claims and the table
@@ -447,19 +447,22 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """The least number of tasks, from `first` on, for which Share stores less; None if for none.
+    """The least number of tasks n, from `first` on, for which Share stores less; None if for none.
 
-        tasks * lora_each > tasks * later_each + fixed
+        Share stores  n * later_each + fixed
+        LoRAs store   n * lora_each
+        so            n > fixed / (lora_each - later_each)
 
     fixed: the bases, and what the first tasks store more than later ones, as they keep LoRA's rank
     """
     share = methods["share"]
+    learned = len(share["accuracy_matrix"])
     later_each = share["trained_per_task"]  # a later task stores what it trains
-    fixed = share["stored"] - len(share["accuracy_matrix"]) * later_each
-    saved_each = methods[other]["trained_per_task"] - later_each
-    if saved_each <= 0:
+    lora_each = methods[other]["trained_per_task"]
+    fixed = share["stored"] - learned * later_each
+    if lora_each <= later_each:
         return None
-    return max(first, fixed // saved_each + 1)
+    return max(first, fixed // (lora_each - later_each) + 1)
 
 
 def spread(values, digits):
@@ -515,16 +518,14 @@ class Router:
         samples = [x.double() for x in features.values()]
         residuals = torch.cat([minus_mean_of_others(x) for x in samples])
         scale = whitening(residuals)
-        means = torch.stack([x.mean(0) for x in samples]) @ scale
+        samples = [x @ scale for x in samples]
+        means = torch.stack([x.mean(0) for x in samples])
         own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
         radius = own
         if len(samples) > 1:
-            to_nearest = []
-            for i, x in enumerate(samples):
-                other_means = torch.cat([means[:i], means[i + 1 :]])
-                to_nearest.append(torch.cdist(x @ scale, other_means).min(dim=1).values)
-            other = torch.quantile(torch.cat(to_nearest), 0.02)
-            radius = torch.maximum(own, (own + other) / 2)
+            other = torch.quantile(distances_to_others(samples, means), 0.02)
+            if other > own:
+                radius = (own + other) / 2
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -548,6 +549,16 @@ def check_features(features):
             raise ValueError(f"{where} are not finite, (N >= 2, {width})")
 
 
+def distances_to_others(samples, means):
+    """For each sample of each task the distance to the nearest mean of another task."""
+    nearest = []
+    for i, x in enumerate(samples):
+        distances = torch.cdist(x, means)  # (N, tasks)
+        distances[:, i] = math.inf  # its own task does not count
+        nearest.append(distances.min(dim=1).values)
+    return torch.cat(nearest)
+
+
 def minus_mean_of_others(x):
     """Each row of x (N, f) minus the mean of the N - 1 other rows."""
     means = (x.sum(0) - x) / (len(x) - 1)
@@ -557,14 +568,14 @@ def minus_mean_of_others(x):
 def whitening(residuals):
     """A matrix M (f, f) with which ‖x M‖ is the Mahalanobis distance of the row x.
 
-    C is 0.9 times the covariance of the residuals (N, f) and 0.1 times its diagonal, as few samples
-    make some directions look too certain. If C^-1 = M M^T, such as by Cholesky's decomposition,
-    then ‖x M‖² = x M M^T x^T = x C^-1 x^T.
+    C is the covariance of the residuals (N, f), with what is off its diagonal times 0.9, as few
+    samples make some directions look too certain. Cholesky's decomposition gives M with
+    C^-1 = M M^T. Then ‖x M‖² = x M M^T x^T = x C^-1 x^T.
     """
     covariance = residuals.T @ residuals / len(residuals)  # residuals have mean 0
-    variances = covariance.diagonal()
-    least = 1e-6 * variances.max() + 1e-30  # so that C has an inverse if a feature is constant
-    C = 0.9 * covariance + 0.1 * variances.clamp_min(least).diag()
+    variances = covariance.diagonal().diag()
+    least = 1e-7 * variances.max() + 1e-30  # so that C has an inverse if a feature is constant
+    C = 0.9 * covariance + 0.1 * variances + least * torch.eye(len(variances)).to(variances)
     return torch.linalg.cholesky(torch.linalg.inv(C))
 
 
@@ -584,9 +595,9 @@ def average(share, tasks, name, p=None):
         if pairs:
             B = torch.cat([B for B, _ in pairs], dim=1) / n
             factors[layer] = B, torch.cat([A for _, A in pairs])
-    if p is None:  # no ΔW in the bases has a higher rank than this, so that nothing is cut
+    if p is None:  # in bases of kβ and kα columns no ΔW has more than rank min(kβ, kα): cut nothing
         ranks = [min(beta.shape[1], alpha.shape[1]) for beta, alpha in share.bases.values()]
-        p = max(1, max(ranks, default=1))
+        p = max([1] + ranks)
     share.add(name, Adapter(factors), p)
 
 
@@ -762,10 +773,10 @@ def load_and_merge_as_published(path, adapter):
 
 
 def new_coefficients(columns, k):
-    """Coefficients (k, m) of columns (n, m) in the k main directions of the centred columns.
+    """One side of the paper's phase 3: columns (n, m) -> their coefficients (k, m) in a new basis.
 
-    As published, the columns themselves are projected, so that the part of their mean outside of
-    these directions is lost. (share.py keeps it.)
+    As published, the basis is made of the centred columns, but the columns are projected as they
+    are. So what their mean column has outside of the basis is lost. (share.py adds its direction.)
     """
     centred = columns - columns.mean(1, keepdim=True)
     U, _, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -814,8 +825,8 @@ PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Options that `save_peft` leaves out:
 PEFT_DROPPED = ["eva_config", "corda_config", "loftq_config"]  # they are for the start of training
 PEFT_DROPPED += ["rank_pattern", "alpha_pattern"]  # all layers get one rank, and scaling 1
-PEFT_DROPPED += ["exclude_modules", "layers_to_transform"]  # see peft_targets
-PEFT_DROPPED += ["layers_pattern"]  # it goes with layers_to_transform
+# they narrow the old target_modules, and PEFT refuses them beside a pattern:
+PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]
 PEFT_NAME = r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>A|B)(?:\.default)?\.weight"
 
 
@@ -898,8 +909,8 @@ def peft_scaling(config, layer, r, directory):
 def save_peft(adapter, directory):
     """Write an Adapter for PEFT. Every layer gets the largest rank, padded with zeros.
 
-    Its config is kept, except that the options in PEFT_DROPPED go, r and all that makes the scaling
-    are set anew (to a scaling of 1, as B has it already), and target_modules is `peft_targets`'.
+    Its config is kept, but for PEFT_DROPPED and these: target_modules becomes a pattern that names
+    the layers; the rank is the one that all have now, and the scaling 1, as it is in B already.
     ValueError if the adapter is malformed or JSON cannot hold its config; then nothing is written.
     """
     directory = Path(directory)
@@ -908,12 +919,12 @@ def save_peft(adapter, directory):
     config = {key: adapter.config[key] for key in adapter.config if key not in PEFT_DROPPED}
     config |= {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False}
     config |= {"init_lora_weights": True}
+    # PEFT compares a pattern with whole names. (It would compare a list with their ends.)
+    config["target_modules"] = "|".join(re.escape(layer) for layer in adapter.factors)
     try:
-        config["target_modules"] = peft_targets(adapter)
         text = json.dumps(config, indent=2)
-    except (TypeError, ValueError, re.error) as error:
-        words = "JSON cannot hold the config, or target_modules is no pattern"
-        raise ValueError(f"{directory}: {words}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{directory}: JSON cannot hold the config: {error}") from None
     tensors = dict(adapter.extras)
     for layer, (B, A) in adapter.factors.items():  # readers that know one rank need it everywhere
         missing = r - len(A)
@@ -927,29 +938,6 @@ def save_peft(adapter, directory):
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / "adapter_model.safetensors", raw)
     write_whole(directory / "adapter_config.json", text.encode())
-
-
-def peft_targets(adapter):
-    """target_modules to save: the old value if it names all layers, else a pattern that lists them.
-
-    (It may name others, too: PEFT starts these with ΔW = 0.) An old value that exclude_modules or
-    layers_to_transform have narrowed is not kept: `save_peft` drops these two, as PEFT refuses one
-    of them beside a pattern.
-    """
-    targets = adapter.config.get("target_modules") or []
-    if isinstance(targets, set):
-        targets = sorted(targets)  # JSON has no set
-
-    def is_named(layer):  # as PEFT decides it
-        if isinstance(targets, str):  # a regular expression
-            return re.fullmatch(targets, layer)
-        return any(f".{layer}".endswith(f".{ending}") for ending in targets)
-
-    narrowing = [adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform")]
-    is_narrowed = any(value not in (None, [], "") for value in narrowing)  # 0 is layer 0
-    if not is_narrowed and all(is_named(layer) for layer in adapter.factors):
-        return targets
-    return "|".join(re.escape(layer) for layer in adapter.factors)
 
 
 # --- The command
