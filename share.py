@@ -211,7 +211,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     p: columns of the coefficients, so the rank of ΔW. sigma, seed: of their random start.
     phi: temporary columns beside each basis: 0, or less than the largest k.
     grow: how, with phi > 0, the task is merged afterwards. False: by the paper's phase 3, which may
-    lose much of it, see `retained`. True (ours): by adding directions to the bases, without loss.
+    lose much of it, see `retained`. True (ours): by adding directions, p at most, without loss.
     finetune (ours): train a task that exists on. Its p stays, and phi has to be 0.
     """
     # 1. Start: coefficients of N(0, sigma²) and, if phi > 0, random temporary columns.
@@ -796,6 +796,7 @@ def best_rank(eps, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
+    S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)  # the root of rounding would be large
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
 
@@ -824,16 +825,22 @@ def update_columns(B, A_T):
     Q, R = torch.linalg.qr(B.double())
     # ΔW = B A = Q (R A). With R A = U S V^T, which has r rows only, the SVD of ΔW is (Q U) S V^T.
     U, S, Vh = torch.linalg.svd(R @ A_T.double().T, full_matrices=False)
-    return ((Q @ U) * S).to(B.dtype), (Vh.T * S).to(A_T.dtype)
+    return (Q @ U) * S, Vh.T * S  # in float64
 
 
 def update_stacks(pairs):
     """Ours, for "updates": the tasks' U S side by side, and their V S, each of norm 1.
 
     No mean is subtracted: singular vectors have arbitrary signs, and so their mean says nothing.
+    (Factors have such signs, too: -B and -A are the same adapter, but have another mean.)
     """
-    updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
-    return side_by_side([US for US, _ in updates]), side_by_side([VS for _, VS in updates])
+    all_US = []
+    all_VS = []
+    for B, A_T in pairs.values():
+        US, VS = update_columns(B, A_T)
+        all_US.append(US.to(B.dtype))
+        all_VS.append(VS.to(A_T.dtype))
+    return side_by_side(all_US), side_by_side(all_VS)
 
 
 def side_by_side(matrices):
@@ -958,7 +965,7 @@ def frozen(model):
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:  # another shape: a new one
-                # An expanded buffer raises in copy_. The block could not write it either.
+                # A buffer that cannot be written, such as an expanded one, is left as it is.
                 with contextlib.suppress(RuntimeError):
                     buffer.copy_(buffers[name])
 
@@ -1120,10 +1127,10 @@ def write_whole(path, content):
 # - To give a learned task extras: reconstruct it, set them, remove it, add it.
 # - BatchNorm in training mode fits the batch's statistics, which are put back. Call eval() on it.
 # - A layer that the loss does not reach is no part of the task, unless something else moves its
-#   parameters, such as weight decay, or a cast to half and back.
+#   parameters, such as weight decay where a gradient is 0, or a cast to half and back.
 # - Learn in one thread at a time. To serve meanwhile, learn on copies, made in one call so that
 #   they stay connected: model2, share2 = copy.deepcopy((model, share)). Then share.add(task,
-#   share2.reconstruct(task)) or, with phi > 0, share.merge({task: …}, grow=True).
+#   share2.reconstruct(task)) or, with phi > 0, share.merge({task: …}, variance=1.0, grow=True).
 # - Try phi > 0 on such a copy, too: the columns of a trial stay in the bases even after remove.
 # - While one thread changes a share, others may use and save it, but not change it. The first
 #   forward on another device changes it, too, as its numbers move.

@@ -248,14 +248,16 @@ def test_example_an_update_counts_the_same_however_it_is_split():
         assert same_span(beta, between)
 
 
-def test_example_a_direction_no_task_uses_is_lost_in_a_merge():
+@variants(grow=[False, True])
+def test_example_a_direction_no_task_uses_is_lost_unless_bases_grow(grow):
     first, second, third = torch.eye(3).unsqueeze(-1)  # e1, e2, e3 as columns
     a, b, c = [Adapter({"x": (column, torch.ones(1, 2))}) for column in (first, second, third)]
     share = Share.from_adapters({"a": a, "b": b}, variance=1.0)
     assert same_span(share.bases["x"][0], torch.cat([first, second], 1))
     share.remove("b")
-    share.merge({"c": c}, variance=1.0)
-    assert same_span(share.bases["x"][0], torch.cat([first, third], 1))
+    share.merge({"c": c}, variance=1.0, grow=grow)
+    kept = [first, second, third] if grow else [first, third]
+    assert same_span(share.bases["x"][0], torch.cat(kept, 1))
 
 
 def test_the_papers_count_688128_against_1456():
@@ -508,7 +510,7 @@ def test_rounding_is_no_direction_of_a_basis(stack, rule, dtype):
     assert error(share, adapters) < 1e-5
 
 
-@cases("scale, k", (3e-3, 2), (3e2, 2), (1e10, 1))  # below 1e-6 of the largest is rounding
+@cases("scale, k", (3e-3, 2), (9e2, 2), (2e3, 1))  # ΔW below 1e-6 of the largest is rounding
 def test_updates_weigh_the_same_whatever_their_size(scale, k):
     one, two = [torch.eye(4)[:, i : i + 1] for i in (0, 1)]
     adapters = {"one": Adapter({"x": (one, one.T)})}
@@ -516,6 +518,17 @@ def test_updates_weigh_the_same_whatever_their_size(scale, k):
     share = Share.from_adapters(adapters, variance=0.6, stack="updates")  # one alone is a half
     assert sizes(share) == [k, k]
     assert share.retained()["two"] == pytest.approx(1)
+
+
+@variants(dtype=[torch.float64, torch.float32])
+def test_coefficients_cut_to_p_bring_no_rounding_into_a_merge(dtype):
+    wide, rank_4, new = make_adapters("abc", (4, 4, 1), {"x": (20, 30)}, dtype).values()
+    B, A = wide.factors["x"]
+    wide.factors["x"] = B[:, :2] @ torch.randn(2, 4, dtype=dtype), A  # four columns, of rank 2
+    share = Share.from_adapters({"wide": wide, "rank 4": rank_4}, variance=1.0, p=4)
+    share.remove("rank 4")
+    share.merge({"new": new}, variance=1.0)
+    assert sizes(share) == [3, 3]
 
 
 @variants(stack=STACKS)
@@ -585,6 +598,15 @@ def test_growing_keeps_all_and_adds_what_each_has_outside(rule, stack, scale):
         assert same_span(share.bases[layer][1], alpha)
     assert_all_equal([basis[:, :3] for basis in bases(share)], bases(before))
     assert error(share, {task: before.reconstruct(task) for task in "ab"}) < 1e-12
+
+
+def test_bases_stay_when_they_grow_even_if_no_task_is_left():
+    share = make_share("a")
+    before = bases(share)
+    share.remove("a")
+    share.merge({"c": GOOD}, grow=True)
+    for old, new in zip(before, bases(share), strict=True):
+        assert torch.equal(new[:, : old.shape[1]], old)
 
 
 def test_float32_bases_stay_orthonormal_over_sixty_merges():

@@ -9,7 +9,7 @@ layer's weight (n, d), of rank p. The first tasks keep LoRA's rank, each later o
     phase 1  Share.from_adapters    the LoRA adapters of the first tasks make the bases
     phase 2  share.learn            each later task trains its coefficients alone
     phase 3  share.learn, phi > 0   each later task trains phi temporary columns beside each basis,
-                                    too, which are then merged into the basis
+                                    too; then its ΔW is merged into the bases
 
 In phase 1 a basis gets the main directions, by an SVD, of columns stacked from the first tasks: as
 many as explain a part of their variance that is given. There are two stacks:
@@ -307,7 +307,8 @@ class Experiment:
         phi = 0, phase 2  Trained are the coefficients, eps_beta (kβ, p) and eps_alpha (kα, p).
         phi > 0, phase 3  Trained are, too, phi temporary columns beside each basis, so that there
                           are coefficients (kβ + phi, p) and (kα + phi, p). Then they are merged:
-            grow=True     ours: bases get the directions that they lack; no earlier ΔW changes
+            grow=True     ours: bases get the directions of the new ΔW that they lack, p at most;
+                          no earlier ΔW changes
             grow=False    the paper's: new bases of all tasks, as in phase 1; earlier ΔW may change
         """
         s = self.s
