@@ -343,8 +343,9 @@ def keep_size(basis, stack, least):
     """Ours: a basis of a stack; or, if it has fewer than `least` columns, another one with so many.
 
     In a merge, most of the stack is what the last basis kept. A variance of 0.6 would drop 40 % of
-    that, and at the next merge again. Instead k=least is taken, as if the caller had asked for it:
-    without a mean, see `build_basis`. In phase 1, least is 0, and nothing happens here.
+    that, and at the next merge again. Instead the basis is made anew with k=least, as if the caller
+    had asked for that: variance and mean play no part, see `build_basis`. In phase 1, least is 0,
+    and nothing happens here.
     """
     if basis.shape[1] < least:
         return build_basis(stack, k=least)
@@ -356,13 +357,14 @@ def merge_short(bases, old, new, variance, k, stacking):
 
     Each column that merge_layer stacks lies in the span of beta and of the new B's. Let Q (n, q) be
     an orthonormal basis of it: with kβ = 32 and one new adapter of rank 8, q is 40, whatever n is.
-    So the stack is X = Q Y with short columns Y = Q^T X. If Y = U S V^T, then X = (Q U) S V^T:
+    So the stack is X = Q Y with short columns Y = Q^T X. Phase 1 gets from Y what it gets from X:
 
-        the same S, and so the same k; the bases are U of Y and Q U of X
-        the same coefficients: (Q U)^T X = U^T Q^T Q Y = U^T Y
+        mean          that of X is Q times that of Y
+        norm          the same, and so the same singular values count as rounding
+        SVD           Y = U S V^T gives X = (Q U) S V^T: the same k, and bases Q U in place of U
+        coefficients  (Q U)^T X = U^T Q^T Q Y = U^T Y
 
-    Means and norms carry over, too. The old tasks' eps go in as they are, as
-    Q^T (beta eps) = (Q^T beta) eps. A^T likewise.
+    Old tasks need no change: Q^T (beta eps) = (Q^T beta) eps, so their eps fit the short bases.
     """
     # 1. Find Q for each side.
     beta, alpha = bases
@@ -1043,10 +1045,10 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # accelerate's offload sets a forward on the layer itself, which hides that of its class. If it
-    # is undone, the class's own stays there, bound to the layer: an equal method, and no patch.
-    expected = types.MethodType(cls.forward, linear)
-    is_patched = vars(linear).get("forward", expected) != expected
+    # accelerate's offload sets a forward on the layer itself. When that is undone, the class's own
+    # forward stays there, which is harmless. (Bound methods are equal if object and function are.)
+    own = vars(linear).get("forward")
+    is_patched = own is not None and own != types.MethodType(cls.forward, linear)
     if isinstance(linear, nn.Linear) and weight is None:
         reason = "its weight is computed, as by pruning; make it permanent first"
     elif type(linear) is not cls:
