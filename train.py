@@ -100,9 +100,9 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 
 
 # --- The data, the loss and the base model
-# Each stream of prompts has a generator of its own. Stream t is for training on task t, and the one
-# after the last task's for training on all tasks at once. (Models and coefficients are seeded where
-# they are made. Seeds of different kinds may be equal: they start different draws.)
+# Each stream of prompts has a generator of its own, with the seed 100 * seed + stream:
+#     0 … T - 1  training on task t    T   training on all T tasks at once
+#     98         pre-training          99  the keys and the tests (so that T has to be below 98)
 PRETRAINING = 98
 KEYS_AND_TESTS = 99
 
@@ -302,14 +302,14 @@ class Experiment:
         return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Learn task t; returns how many numbers were trained. The share is attached to the model.
+        """Phase 2: train the coefficients of task t alone. Returns how many numbers these are.
 
-        phi = 0, phase 2  Trained are the coefficients, eps_beta (kβ, p) and eps_alpha (kα, p).
-        phi > 0, phase 3  Trained are, too, phi temporary columns beside each basis, so that there
-                          are coefficients (kβ + phi, p) and (kα + phi, p). Then they are merged:
-            grow=True     ours: bases get the directions of the new ΔW that they lack, p at most;
-                          no earlier ΔW changes
-            grow=False    the paper's: new bases of all tasks, as in phase 1; earlier ΔW may change
+        model: the base model with the share attached.
+
+        phi > 0, phase 3: phi temporary columns beside each basis are trained with them, and the
+        task, whose ΔW has rank p at most, is merged into the bases:
+            grow=True   ours: bases get the directions of ΔW that they lack; no earlier ΔW changes
+            grow=False  the paper's: new bases of all tasks, as in phase 1; earlier ΔW may change
         """
         s = self.s
         seed = 100 * s.seed + t  # of the start of the coefficients and temporary columns
@@ -509,11 +509,9 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, of which none is kept; better many more than f in all.
 
-        own     98 % of the samples are nearer to the mean of the other samples of their task
-        other   98 % of the samples are farther from the means of all other tasks
-
-        The radius is half-way between these two distances, or own, if other is smaller (the tasks
-        overlap) or there is only one task.
+        own     the distance to the mean of the others of its task, within which are 98 % of samples
+        other   the distance to the nearest mean of another task, beyond which are 98 % of samples
+        radius  half-way between the two; own, if other is smaller (tasks overlap) or there is none
         """
         check_features(features)
         samples = [x.double() for x in features.values()]
@@ -574,9 +572,10 @@ def whitening(residuals):
     C^-1 = M M^T. Then ‖x M‖² = x M M^T x^T = x C^-1 x^T.
     """
     covariance = residuals.T @ residuals / len(residuals)  # residuals have mean 0
-    variances = covariance.diagonal().diag()
-    least = 1e-7 * variances.max() + 1e-30  # so that C has an inverse if a feature is constant
-    C = 0.9 * covariance + 0.1 * variances + least * torch.eye(len(variances)).to(variances)
+    diagonal = covariance.diagonal().diag()
+    C = 0.9 * covariance + 0.1 * diagonal
+    least = 1e-7 * diagonal.max() + 1e-30  # so that C has an inverse if a feature is constant
+    C += least * torch.eye(len(C)).to(C)
     return torch.linalg.cholesky(torch.linalg.inv(C))
 
 
@@ -598,7 +597,7 @@ def average(share, tasks, name, p=None):
             factors[layer] = B, torch.cat([A for _, A in pairs])
     if p is None:  # in bases of kβ and kα columns no ΔW has more than rank min(kβ, kα): cut nothing
         ranks = [min(beta.shape[1], alpha.shape[1]) for beta, alpha in share.bases.values()]
-        p = max([1] + ranks)
+        p = max([1] + ranks)  # 1, if all bases are empty
     share.add(name, Adapter(factors), p)
 
 
@@ -890,8 +889,8 @@ def check_extras(extras, config, directory):
     for name in extras:
         for part in name.split("."):
             if part.startswith("lora_") and part not in heads:
-                known = "base_model.model.LAYER.lora_A/B.weight"
-                raise ValueError(f"{directory}: {name!r} is no {known}")
+                expected = "base_model.model.LAYER.lora_A/B.weight"
+                raise ValueError(f"{directory}: {name!r} is no {expected}")
 
 
 def peft_scaling(config, layer, r, directory):
