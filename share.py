@@ -25,10 +25,10 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     print(share.retained())  # the part of each ‖ΔW‖² that is left: with variance=1.0 all of it
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
-Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Of ours, three are on:
-- Phase 1 adds the direction of the mean, which it had subtracted, to the basis (with_mean).
-- A merge by variance, which would make most bases smaller, leaves these at their size (keep_size).
-- `learn` with phi > 0 ends in a merge that only adds directions (grow_layer), unless grow=False.
+Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are on:
+- with_mean: phase 1 subtracts the mean column, and afterwards adds its direction to the basis.
+- keep_size: no basis gets smaller in a merge by variance; at 0.6 most would, and keep their size.
+- grow_layer: `learn` with phi > 0 ends by adding directions to the bases; not with grow=False.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     p: the pseudo-rank, to which tasks are cut; None does not cut.
     """
     check_numbers(variance, k=k, p=p)
-    share = cls(variance, stack)
+    share = cls(variance, stack)  # cls is Share
     bases = {}
     coefficients = {}
     for layer, pairs in share._pairs_by_layer(adapters).items():  # pairs: {task: (B, A^T)}
@@ -128,6 +128,7 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     centre = stacking == "factors"  # the mean of ours says nothing, see update_stacks
     beta = build_basis(Bs, variance, k, centre=centre)
     alpha = build_basis(A_Ts, variance, k, centre=centre)
+    # Ours, in a merge only: not fewer than before.
     beta = keep_size(beta, Bs, least[0])
     alpha = keep_size(alpha, A_Ts, least[1])
     # 3. Project the factors of each task onto the bases.
@@ -147,15 +148,13 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
     check_stack(stack, variance, k)
     X = stack.double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    if centre and k is None:  # the paper's
-        # 1. Subtract the mean column.
-        mean = X.mean(dim=1, keepdim=True)
-        # 2. Take the main directions of the rest.
-        basis = main_directions(X - mean, rounding, variance)
-        # 3. Ours: add the mean's direction.
-        basis = with_mean(basis, mean, X)
-    else:  # ours
-        basis = main_directions(X, rounding, variance, k)
+    # 1. Subtract the mean column. Ours: not with k, to get the k directions that hold most of X.
+    subtract = centre and k is None
+    mean = X.mean(dim=1, keepdim=True) if subtract else torch.zeros_like(X[:, :1])
+    # 2. Take the main directions of the rest.
+    basis = main_directions(X - mean, rounding, variance, k)
+    # 3. Ours: add the mean's direction, unless it is 0.
+    basis = with_mean(basis, mean, X)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -333,19 +332,20 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: no basis gets smaller, unless k says so.
+    # 3. Phase 1 again: the paper's merge. Ours: a basis that gets smaller by that, as most do at
+    #    0.6, is made anew with its old size, by keep_size.
     least = (0, 0) if k is not None else (beta.shape[1], alpha.shape[1])
     return build_layer(pairs, variance, k, stacking, least)
 
 
 # --- Part 2, everything else. Behind merge
 def keep_size(basis, stack, least):
-    """Ours: a basis of a stack; or, if it has fewer than `least` columns, another one with so many.
+    """Ours: the basis; or, if it has fewer than `least` columns, the first `least` directions.
 
     In a merge, most of the stack is what the last basis kept. A variance of 0.6 would drop 40 % of
-    that, and at the next merge again. Instead the basis is made anew with k=least, as if the caller
-    had asked for that: variance and mean play no part, see `build_basis`. In phase 1, least is 0,
-    and nothing happens here.
+    that, and at the next merge again: earlier tasks would be forgotten step by step. The directions
+    are those of the stack itself, whose mean is not subtracted, as always with k. In phase 1, least
+    is 0, and nothing happens here.
     """
     if basis.shape[1] < least:
         return build_basis(stack, k=least)
@@ -798,7 +798,8 @@ def best_rank(eps, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)  # the root of rounding would be large
+    # Rounding, 1e-16, has roots of 1e-8, which a merge would take for coefficients: set it to 0.
+    S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
 
@@ -874,8 +875,9 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks: (beta beta^T B)(A alpha alpha^T) = beta beta^T ΔW alpha alpha^T. If
-    #    variance is 1, beta spans the columns of ΔW and alpha its rows, so that this is ΔW.
+    # 3. Project the new tasks. Their B and A need not lie in the bases, but with a variance of 1
+    #    their product does: beta spans its columns (those of U S), and alpha its rows. So it stays:
+    #    (beta beta^T B)(A alpha alpha^T) = beta beta^T ΔW alpha alpha^T = ΔW.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -893,9 +895,9 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # X - b b^T X would do, if b^T b were 1. But b is rounded to float32, and that error, some 1e-8
-    # of X, is not small beside what is outside, if this is little: directions made of it would not
-    # be orthogonal to b. The least squares fit of b to X needs no b^T b = 1.
+    # X - b b^T X would do, if b^T b were 1. But b is rounded to float32, an error of 1e-8 of X. If
+    # only 1e-5 of X is outside, that is 1e-3 of it, and the added directions would lean on b by as
+    # much. The least squares fit of b to X needs no b^T b = 1.
     outside = X - b @ torch.linalg.solve(b.T @ b, b.T @ X)
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
     room = None if k is None else max(0, k - basis.shape[1])
