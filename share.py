@@ -798,7 +798,8 @@ def best_rank(eps, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # Rounding, 1e-16, has roots of 1e-8, which a merge would take for coefficients: set it to 0.
+    # Float32 coefficients leave rounding of some 1e-8 in S. Its roots, of 1e-4, would be above
+    # ROUNDING: a merge would give them directions. So set it to 0.
     S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -854,8 +855,8 @@ def side_by_side(matrices):
     norms = [float(matrix.double().norm()) for matrix in matrices]
     limit = ROUNDING * max(norms)
     if limit > 0:  # 0: all matrices are 0
-        pairs = zip(matrices, norms, strict=True)
-        matrices = [matrix / max(norm, limit) for matrix, norm in pairs]
+        divisors = [max(norm, limit) for norm in norms]
+        matrices = [matrix / divisor for matrix, divisor in zip(matrices, divisors, strict=True)]
     return torch.cat(matrices, dim=1)
 
 
@@ -895,9 +896,9 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # X - b b^T X would do, if b^T b were 1. But b is rounded to float32, an error of 1e-8 of X. If
-    # only 1e-5 of X is outside, that is 1e-3 of it, and the added directions would lean on b by as
-    # much. The least squares fit of b to X needs no b^T b = 1.
+    # X - b b^T X would do, if b^T b were 1. But b is rounded to float32, so that 1e-8 of X in the
+    # span of b would be left. If 1e-5 of X is outside, the new directions would overlap with b by
+    # 1e-8 / 1e-5 = 1e-3. The least squares fit of b to X needs no b^T b = 1.
     outside = X - b @ torch.linalg.solve(b.T @ b, b.T @ X)
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
     room = None if k is None else max(0, k - basis.shape[1])
@@ -1048,7 +1049,7 @@ def check_linear(layer, linear, cls, bases):
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
     # accelerate's offload sets a forward on the layer itself. When that is undone, the class's own
-    # forward stays there, which is harmless. (Bound methods are equal if object and function are.)
+    # forward stays there, which is harmless. (Of bound methods, == compares object and function.)
     own = vars(linear).get("forward")
     is_patched = own is not None and own != types.MethodType(cls.forward, linear)
     if isinstance(linear, nn.Linear) and weight is None:
