@@ -357,28 +357,23 @@ def merge_short(bases, old, new, variance, k, stacking):
 
     Each column that merge_layer stacks lies in the span of beta and of the new B's. Let Q (n, q) be
     an orthonormal basis of it: with kβ = 32 and one new adapter of rank 8, q is 40, whatever n is.
-    So the stack is X = Q Y with short columns Y = Q^T X. Phase 1 gets from Y what it gets from X:
-
-        mean          that of X is Q times that of Y
-        norm          the same, and so the same singular values count as rounding
-        SVD           Y = U S V^T gives X = (Q U) S V^T: the same k, and bases Q U in place of U
-        coefficients  (Q U)^T X = U^T Q^T Q Y = U^T Y
-
-    Old tasks need no change: Q^T (beta eps) = (Q^T beta) eps, so their eps fit the short bases.
+    build_layer only adds columns, scales them and takes their inner products. Q keeps all three, as
+    Q^T Q = 1. So build_layer may work on Q^T X in place of the stack X: sizes and coefficients are
+    the same, and its bases are Q^T times the wanted ones. A^T likewise.
     """
     # 1. Find Q for each side.
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
-    # 2. Shorten the bases and the new factors.
+    # 2. Shorten. The old eps stay as they are: Q^T (beta eps) = (Q^T beta) eps.
     short_bases = matmul64(Q_beta.T, beta), matmul64(Q_alpha.T, alpha)
     short_new = {}
     for task, (B, A_T) in new.items():
         short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
-    # 3. Merge them.
-    merged, coefficients = merge_layer(short_bases, old, short_new, variance, k, stacking)
+    # 3. Merge.
+    short, coefficients = merge_layer(short_bases, old, short_new, variance, k, stacking)
     # 4. Lengthen the new bases.
-    short_beta, short_alpha = merged
+    short_beta, short_alpha = short
     long_bases = matmul64(Q_beta, short_beta).to(beta), matmul64(Q_alpha, short_alpha).to(alpha)
     return long_bases, coefficients
 
@@ -876,9 +871,9 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. Their B and A need not lie in the bases, but with a variance of 1
-    #    their product does: beta spans its columns (those of U S), and alpha its rows. So it stays:
-    #    (beta beta^T B)(A alpha alpha^T) = beta beta^T ΔW alpha alpha^T = ΔW.
+    # 3. Project the new tasks. Their B and A may lose a part, but ΔW, if variance is 1, does not:
+    #    beta spans the columns of ΔW and alpha its rows, so beta beta^T ΔW alpha alpha^T = ΔW, and
+    #    this is the product of the projected B and A.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -896,10 +891,10 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # X - b b^T X would do, if b^T b were 1. But b is rounded to float32, so that 1e-8 of X in the
-    # span of b would be left. If 1e-5 of X is outside, the new directions would overlap with b by
-    # 1e-8 / 1e-5 = 1e-3. The least squares fit of b to X needs no b^T b = 1.
-    outside = X - b @ torch.linalg.solve(b.T @ b, b.T @ X)
+    # Subtract the part inside of b, twice: b is rounded to float32 and not quite orthonormal, and
+    # the second time takes away what the first one has left.
+    outside = X - b @ (b.T @ X)
+    outside = outside - b @ (b.T @ outside)
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
     room = None if k is None else max(0, k - basis.shape[1])
     added = main_directions(outside, rounding, variance, room)
