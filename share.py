@@ -27,7 +27,7 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are on:
 - with_mean: phase 1 subtracts the mean column, and afterwards adds its direction to the basis.
-- keep_size: no basis gets smaller in a merge by variance; at 0.6 most would, and keep their size.
+- keep_size: a merge by variance makes no basis smaller. At 0.6, with many tasks, most would be.
 - grow_layer: `learn` with phi > 0 ends by adding directions to the bases; not with grow=False.
 """
 
@@ -332,8 +332,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again: the paper's merge. Ours: a basis that gets smaller by that, as most do at
-    #    0.6, is made anew with its old size, by keep_size.
+    # 3. Phase 1 again: the paper's merge. Ours: a basis that gets smaller by that, as at 0.6 with
+    #    many tasks, is made anew with its old size, by keep_size.
     least = (0, 0) if k is not None else (beta.shape[1], alpha.shape[1])
     return build_layer(pairs, variance, k, stacking, least)
 
