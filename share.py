@@ -830,29 +830,21 @@ def update_columns(B, A_T):
 def update_stacks(pairs):
     """Ours, for "updates": the tasks' U S side by side, and their V S, each of norm 1.
 
+    So all tasks weigh the same, whatever the size of their ΔW. Only a norm below ROUNDING times the
+    largest may be rounding alone, and is not blown up to 1.
+
     No mean is subtracted: singular vectors have arbitrary signs, and so their mean says nothing.
     (Factors have such signs, too: -B and -A are the same adapter, but have another mean.)
     """
+    updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
+    norms = [float(US.norm()) for US, _ in updates]  # ‖ΔW‖, which is the norm of V S, too
+    least = max(ROUNDING * max(norms), 1e-300)  # 1e-300: all ΔW may be 0
     all_US = []
     all_VS = []
-    for B, A_T in pairs.values():
-        US, VS = update_columns(B, A_T)
-        all_US.append(US.to(B.dtype))
-        all_VS.append(VS.to(A_T.dtype))
-    return side_by_side(all_US), side_by_side(all_VS)
-
-
-def side_by_side(matrices):
-    """Matrices (n, r) as one (n, m), each divided by its norm, so that all tasks weigh the same.
-
-    A norm below ROUNDING times the largest may be rounding alone, and is not blown up to 1.
-    """
-    norms = [float(matrix.double().norm()) for matrix in matrices]
-    limit = ROUNDING * max(norms)
-    if limit > 0:  # 0: all matrices are 0
-        divisors = [max(norm, limit) for norm in norms]
-        matrices = [matrix / divisor for matrix, divisor in zip(matrices, divisors, strict=True)]
-    return torch.cat(matrices, dim=1)
+    for (B, A_T), (US, VS), norm in zip(pairs.values(), updates, norms, strict=True):
+        all_US.append((US / max(norm, least)).to(B.dtype))
+        all_VS.append((VS / max(norm, least)).to(A_T.dtype))
+    return torch.cat(all_US, dim=1), torch.cat(all_VS, dim=1)
 
 
 def grow_layer(bases, old, new, variance, k):

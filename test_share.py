@@ -592,12 +592,14 @@ def test_growing_keeps_all_and_adds_what_each_has_outside(rule, stack, scale):
     assert error(share, {task: before.reconstruct(task) for task in "ab"}) < 1e-12
 
 
-@variants(scale=[1e20, 1e-23])
-def test_growing_holds_an_update_beyond_the_range_of_float32(scale):
-    share = make_share("a", torch.float32)
-    B, A = make_adapters("c", dtype=torch.float32)["c"].factors["first"]
-    share.merge({"c": Adapter({"first": (scale * B, scale * A)})}, variance=1.0, grow=True)
-    assert share.retained()["c"] == pytest.approx(1)
+@variants(scale=[1e20, 1e-23], stack=STACKS, grow=[False, True])
+def test_an_update_beyond_the_range_of_float32_is_held(scale, stack, grow):
+    adapters = make_adapters("abc", dtype=torch.float32)
+    for adapter in adapters.values():
+        adapter.factors = {x: (scale * B, scale * A) for x, (B, A) in adapter.factors.items()}
+    share = Share.from_adapters({t: adapters[t] for t in "ab"}, variance=1.0, stack=stack)
+    share.merge({"c": adapters["c"]}, variance=1.0, grow=grow)
+    assert share.retained() == pytest.approx(dict.fromkeys("abc", 1.0))
 
 
 def test_bases_stay_when_they_grow_even_if_no_task_is_left():
