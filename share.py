@@ -1039,10 +1039,8 @@ def check_linear(layer, linear, cls, bases):
     # forward stays there, which is harmless. (Of bound methods, == compares object and function.)
     own = vars(linear).get("forward")
     is_patched = own is not None and own != types.MethodType(cls.forward, linear)
-    if isinstance(linear, nn.Linear) and weight is None:
-        reason = "its weight is computed, as by pruning; make it permanent first"
-    elif type(linear) is not cls:
-        reason = f"it takes {cls.__name__} itself, with its own forward"
+    if type(linear) is not cls or weight is None:
+        reason = f"it takes {cls.__name__} itself, and no weight that is computed, as by pruning"
     elif is_patched:
         reason = "its forward is patched; attach first and offload afterwards; undo it to detach"
     elif weight.is_meta:

@@ -6,20 +6,22 @@ layer's weight (n, d), of rank p. The first tasks keep LoRA's rank, each later o
 
     ΔW = B A  with  B = beta eps_beta  and  A = (alpha eps_alpha)^T
 
-    phase 1  Share.from_adapters    the LoRA adapters of the first tasks make the bases
+    phase 1  Share.from_adapters    the LoRA adapters of the first tasks make the bases and get
+                                    coefficients: eps_beta = beta^T B, eps_alpha = alpha^T A^T
     phase 2  share.learn            each later task trains its coefficients alone
     phase 3  share.learn, phi > 0   each later task trains phi temporary columns beside each basis,
                                     too; then its ΔW is merged into the bases
 
-In phase 1 a basis gets the main directions, by an SVD, of columns stacked from the first tasks: as
-many as explain a part of their variance that is given. There are two stacks:
+Phase 1 puts columns of the first tasks side by side. An SVD gives their main directions, which make
+a basis: as many as explain a given fraction of the variance. There are two ways to stack:
 
-    stack="factors"  the paper's  beta from [B1 B2 …], alpha from [A1^T A2^T …]
-    stack="updates"  ours         beta from [ΔW1 ΔW2 …], alpha from [ΔW1^T ΔW2^T …],
-                                  each ΔW divided by its (Frobenius) norm
+    stack="factors"  the paper's  beta from [B1 B2 …], alpha from [A1^T A2^T …], after the mean
+                                  column is subtracted (share.py then adds the mean's direction)
+    stack="updates"  ours         beta from [ΔW1 ΔW2 …], alpha from [ΔW1^T ΔW2^T …], each ΔW
+                                  divided by its (Frobenius) norm; no mean is subtracted
 
-The experiment has "updates", as one ΔW has many factors: B M and M^-1 A for any invertible M. It is
-`compare`; read that first.
+B and A are not unique: B M and M^-1 A give the same ΔW, but other "factors". So the experiment has
+"updates". All three phases stand in `compare`.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -73,13 +75,13 @@ TARGETS = ("q", "k", "v", "o", "up", "down")  # layers that LoRA adapts
 @dataclass
 class Settings:
     seed: int = 0  # of the keys, the data and the models
-    width: int = 128  # of the model's stream
-    base_steps: int = 150  # of pre-training
-    base_batch: int = 64  # prompts a step of it
+    width: int = 128  # of the model's hidden states
+    base_steps: int = 150  # training steps of the base model
+    base_batch: int = 64  # prompts in each of them
     base_lr: float = 2e-3
     first: int = 4  # tasks whose LoRA adapters make the bases
     later: int = 8  # tasks learned after these
-    batch: int = 16  # prompts a step
+    batch: int = 16  # prompts in a training step
     joint_steps: int = 600  # of a training on all tasks at once
     test: int = 128  # prompts behind each accuracy
     # LoRA; its learning rate falls to 0
@@ -87,9 +89,9 @@ class Settings:
     lora_steps: int = 100  # per task; after these every LoRA has an accuracy of 1.000
     lora_lr: float = 5e-3
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
-    # Share; its learning rate stays
-    stack: str = "updates"  # ours, bases of the tasks' ΔW; "factors", the paper's, of their B and A
-    variance: float = 0.95  # the part of it that the bases explain
+    # Share; its learning rate is constant
+    stack: str = "updates"  # what phase 1 stacks: "updates", ours, or "factors", the paper's
+    variance: float = 0.95  # the fraction of its variance that the bases explain
     p: int = 1  # pseudo-rank: columns of a later task's coefficients
     general_p: int = 4  # columns of the one set of coefficients in share_general
     steps: int = 150  # per task
@@ -101,8 +103,9 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 
 # --- The data, the loss and the base model
 # Each stream of prompts has a generator of its own, with the seed 100 * seed + stream:
-#     0 … T - 1  training on task t    T   training on all T tasks at once
-#     98         pre-training          99  the keys and the tests (so that T has to be below 98)
+#     0, 1, …    training on task 0, 1, …; the next number: on all tasks at once
+#     98         pre-training
+#     99         the keys and the tests
 PRETRAINING = 98
 KEYS_AND_TESTS = 99
 
@@ -174,7 +177,7 @@ def pretrain(s):
 
 # --- LoRA: the baseline, and the source of adapters
 class LoRALinear(nn.Linear):
-    """h = W0 x + B A x with W0 frozen (Hu et al. 2021), no scaling; `attach_lora` makes A and B."""
+    """h = W0 x + B A x with W0 frozen (Hu et al. 2021), no scaling; `add_lora` makes A and B."""
 
     def forward(self, input):
         h = super().forward(input)
@@ -184,27 +187,35 @@ class LoRALinear(nn.Linear):
 
 def attach_lora(model, targets, r=8):
     """Make LoRALinear of the nn.Linear's whose names end in `targets`; freezes, returns `model`."""
+    targets = list(targets)
     if type(r) is not int or r < 1:
         raise ValueError(f"r is {r!r}; it takes an integer, 1 or more")
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    chosen = set()
-    for target in targets:
-        found = {name for name in linears if f".{name}".endswith(f".{target}")}  # whole parts of it
-        if not found:
-            raise ValueError(f"target {target!r} ends the name of no nn.Linear in the model")
-        chosen |= found
-    if not chosen:
+    if not targets:
         raise ValueError("targets is empty, and so ends the name of no nn.Linear")
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    for target in targets:
+        if not any(ends_in(name, target) for name in linears):
+            raise ValueError(f"target {target!r} ends the name of no nn.Linear in the model")
     model.requires_grad_(False)
-    for name, linear in linears.items():  # in the model's order, so that a seed fixes the start
-        if name in chosen:
-            W0 = linear.weight
-            dtype = torch.promote_types(W0.dtype, torch.float32)  # of factors, if W0 is in half
-            linear.lora_A = nn.Parameter(W0.new_empty(r, linear.in_features, dtype=dtype))
-            linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r, dtype=dtype))
-            nn.init.kaiming_uniform_(linear.lora_A, a=5**0.5)
-            linear.__class__ = LoRALinear  # the same object under the same name
+    for name, linear in linears.items():
+        if any(ends_in(name, target) for target in targets):
+            add_lora(linear, r)
     return model
+
+
+def ends_in(name, target):
+    """Whether the target is the end of a layer's name: "q" is that of "0.q", but not of "0.seq"."""
+    return f".{name}".endswith(f".{target}")
+
+
+def add_lora(linear, r):
+    W0 = linear.weight
+    dtype = torch.promote_types(W0.dtype, torch.float32)  # float32 factors beside a W0 in half
+    A = W0.new_empty(r, linear.in_features, dtype=dtype)
+    nn.init.kaiming_uniform_(A, a=5**0.5)
+    linear.lora_A = nn.Parameter(A)
+    linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r, dtype=dtype))  # so ΔW is 0
+    linear.__class__ = LoRALinear  # the same object under the same name
 
 
 def lora_adapter(model):
@@ -302,21 +313,26 @@ class Experiment:
         return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Phase 2: train the coefficients of task t alone. Returns how many numbers these are.
+        """Phase 2, or with phi > 0 phase 3, for task t. Returns how many numbers were trained.
 
-        model: the base model with the share attached.
+        model: the base model with the share attached. In each layer these numbers are trained:
 
-        phi > 0, phase 3: phi temporary columns beside each basis are trained with them, and the
-        task, whose ΔW has rank p at most, is merged into the bases:
+            phi = 0  eps_beta (kβ, p), eps_alpha (kα, p)
+            phi > 0  eps_beta (kβ + phi, p), eps_alpha (kα + phi, p), and the temporary columns
+                     T_beta (n, phi), T_alpha (d, phi):  B = [beta T_beta] eps_beta, A likewise
+
+        With phi > 0 the task, whose ΔW has rank p at most, is then merged into the bases:
+
             grow=True   ours: bases get the directions of ΔW that they lack; no earlier ΔW changes
             grow=False  the paper's: new bases of all tasks, as in phase 1; earlier ΔW may change
         """
         s = self.s
         seed = 100 * s.seed + t  # of the start of the coefficients and temporary columns
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
-            # In this block only these numbers, as parameters of the model, require gradients.
+            # In this block these numbers alone, as parameters of the model, require gradients.
             trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        return trained  # at the end of the block the share has got the task
+        # The end of the block has stored the task or, with phi > 0, merged it.
+        return trained
 
     def selected_accuracies(self, share, model, tasks):
         """The accuracies of tasks, given by their numbers, each with its coefficients."""
@@ -329,11 +345,11 @@ class Experiment:
     def learn_tasks(self, method, share, lora_matrix, phi=0, grow=True):
         """Learn the tasks that the share lacks, one by one. Returns the attached model and the row.
 
-        The tasks that it has were learned by LoRA, so their rows of the accuracy matrix are LoRA's.
-        If phase 1 loses accuracy on them, this counts as forgetting.
+        The tasks that it has, the first ones or none, were learned by LoRA. So their rows of the
+        accuracy matrix are LoRA's, and what phase 1 loses of them counts as forgetting.
         """
         model = share.attach(copy.deepcopy(self.base))
-        known = len(share.tasks)  # the first tasks, or none
+        known = len(share.tasks)
         matrix = lora_matrix[:known]
         for t in range(known, len(self.names)):
             trained = self.learn_task(share, model, t, self.s.p, phi, grow)
@@ -352,7 +368,7 @@ def metrics(matrix, trained, stored):
     bwt         at the end minus just after learning the task (Lopez-Paz and Ranzato 2017)
     forgetting  the best before the last task minus at the end (Chaudhry et al. 2018)
 
-    All are means over the tasks; the latter two leave out the last one.
+    All are means over the tasks; bwt and forgetting leave out the last one.
 
     trained: how many numbers were trained for the last task. stored: how many, for all tasks.
     """
@@ -413,13 +429,16 @@ def compare(s, everything=False):
     # Phase 2: coefficients of s.p columns for each later task.
     share = copy.deepcopy(built)  # phase 3 begins with `built` again
     model, rows["share"] = e.learn_tasks("share", share, lora_matrix)
-    if everything:
-        # Phase 3: the same with temporary columns, merged after each task, the paper's way or ours.
-        for method, grow in (("share_merge", False), ("share_grow", True)):
-            merging = copy.deepcopy(built)
-            _, rows[method] = e.learn_tasks(method, merging, lora_matrix, phi=1, grow=grow)
-        rows |= other_rows(e, built, share, model)
-    return rows
+    if not everything:
+        return rows
+    # Phase 3: the same with a temporary column beside each basis, merged after each task.
+    by_the_paper = copy.deepcopy(built)
+    settings = dict(phi=1, grow=False)
+    _, rows["share_merge"] = e.learn_tasks("share_merge", by_the_paper, lora_matrix, **settings)
+    growing = copy.deepcopy(built)
+    settings = dict(phi=1, grow=True)  # ours
+    _, rows["share_grow"] = e.learn_tasks("share_grow", growing, lora_matrix, **settings)
+    return rows | other_rows(e, built, share, model)
 
 
 # --- The claims and the table
@@ -448,22 +467,22 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """The least number of tasks n, from `first` on, for which Share stores less; None if for none.
+    """The least number of tasks, from `first` on, for which Share stores less than LoRAs do.
 
-        Share stores  n * later_each + fixed
-        LoRAs store   n * lora_each
-        so            n > fixed / (lora_each - later_each)
-
-    fixed: the bases, and what the first tasks store more than later ones, as they keep LoRA's rank
+    None if that never happens, as a later task of Share stores no less than one of the LoRAs.
     """
     share = methods["share"]
-    learned = len(share["accuracy_matrix"])
+    learned = len(share["accuracy_matrix"])  # tasks behind share["stored"]
     later_each = share["trained_per_task"]  # a later task stores what it trains
     lora_each = methods[other]["trained_per_task"]
-    fixed = share["stored"] - learned * later_each
-    if lora_each <= later_each:
+    if later_each >= lora_each:
         return None
-    return max(first, fixed // (lora_each - later_each) + 1)
+    for tasks in itertools.count(first):
+        later_or_fewer = tasks - learned  # than were learned, if negative
+        stored_by_share = share["stored"] + later_or_fewer * later_each
+        stored_by_loras = tasks * lora_each
+        if stored_by_share < stored_by_loras:
+            return tasks
 
 
 def spread(values, digits):
@@ -491,48 +510,48 @@ def print_table(runs, first):
             print(f"from {spread(tasks, 0)} tasks on share stores less than {other}")
 
 
-# --- When nobody names the task (ours; the paper takes it as known)
+# --- When nobody names the task: a Router, or the average of all (ours; the paper has the name)
 @dataclass
 class Router:
     """Picks the task: the nearest class mean, or the base (None) when none is near (radius).
 
-    Features (N, f) are multiplied by scale (f, f), see `whitening`, before distances are taken.
+    Distances are Mahalanobis', see `mahalanobis`.
     """
 
     tasks: list[str]
-    means: Tensor  # (t, f), scaled
-    scale: Tensor
+    means: Tensor  # (t, f)
+    inverse: Tensor  # (f, f), see `inverse_covariance`
     radius: float
 
     @classmethod
     @torch.no_grad()
     def fit(cls, features):
-        """From {task: features (N, f)}, of which none is kept; better many more than f in all.
+        """From {task: features (N, f)}, none of which is kept. Better many more samples than f.
 
-        own     the distance to the mean of the others of its task, within which are 98 % of samples
-        other   the distance to the nearest mean of another task, beyond which are 98 % of samples
-        radius  half-way between the two; own, if other is smaller (tasks overlap) or there is none
+        own     98 % of the samples are nearer to the mean of the other samples of their task
+        other   98 % of the samples are farther from all means of other tasks
+        radius  half-way between; own, if other is smaller (tasks overlap) or there is one task
         """
         check_features(features)
         samples = [x.double() for x in features.values()]
-        residuals = torch.cat([minus_mean_of_others(x) for x in samples])
-        scale = whitening(residuals)
-        samples = [x @ scale for x in samples]
         means = torch.stack([x.mean(0) for x in samples])
-        own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
+        residuals = torch.cat([leave_one_out_residuals(x) for x in samples])
+        inverse = inverse_covariance(residuals)
+        own = torch.quantile(mahalanobis(residuals, inverse), 0.98)
         radius = own
         if len(samples) > 1:
-            other = torch.quantile(distances_to_others(samples, means), 0.02)
+            other = torch.quantile(distances_to_others(samples, means, inverse), 0.02)
             if other > own:
                 radius = (own + other) / 2
-        return cls(list(features), means, scale, float(radius))
+        return cls(list(features), means, inverse, float(radius))
 
     def route(self, features):
         """features (N, f) -> for each sample its task or None, as `Share.select` takes them."""
-        if features.dim() != 2 or features.shape[1] != len(self.scale):
-            raise ValueError(f"features {tuple(features.shape)} are not (N, {len(self.scale)})")
-        scaled = features.to(self.scale) @ self.scale
-        distances, nearest = torch.cdist(scaled, self.means).min(dim=1)
+        if features.dim() != 2 or features.shape[1] != len(self.inverse):
+            raise ValueError(f"features {tuple(features.shape)} are not (N, {len(self.inverse)})")
+        features = features.to(self.means)  # its dtype and device
+        differences = features[:, None] - self.means  # (N, t, f)
+        distances, nearest = mahalanobis(differences, self.inverse).min(dim=1)
         pairs = zip(distances.tolist(), nearest.tolist(), strict=True)
         return [self.tasks[i] if distance <= self.radius else None for distance, i in pairs]
 
@@ -544,43 +563,48 @@ def check_features(features):
     width = next(iter(features.values())).shape[-1]
     for task, x in features.items():
         if x.dim() != 2 or len(x) < 2 or x.shape[1] != width or not x.isfinite().all():
-            where = f"task {task!r}: features {tuple(x.shape)}"
-            raise ValueError(f"{where} are not finite, (N >= 2, {width})")
+            what = f"task {task!r}: features {tuple(x.shape)}"
+            raise ValueError(f"{what}; it takes finite ones, (N, {width}) with N from 2 on")
 
 
-def distances_to_others(samples, means):
+def mahalanobis(differences, inverse):
+    """The lengths (…) of differences (…, f), each √(x C^-1 x^T), with the inverse C^-1 (f, f)."""
+    return ((differences @ inverse) * differences).sum(-1).sqrt()
+
+
+def inverse_covariance(residuals):
+    """The inverse (f, f) of the shrunk covariance of residuals (N, f), which have mean 0.
+
+    Shrunk: what is off the diagonal is multiplied by 0.9, the diagonal stays. For few samples make
+    some directions look too certain.
+    """
+    covariance = residuals.T @ residuals / len(residuals)
+    variances = covariance.diagonal()
+    shrunk = 0.9 * covariance + 0.1 * variances.diag()
+    least = 1e-7 * variances.max() + 1e-30  # so that there is an inverse if a feature is constant
+    shrunk.diagonal().add_(least)
+    return torch.linalg.inv(shrunk)
+
+
+def leave_one_out_residuals(x):
+    """Each row of x (N, f) minus the mean of the N - 1 other rows."""
+    # With m the mean of all rows, that of the others is (N m - x) / (N - 1).
+    N = len(x)
+    return (x - x.mean(0)) * N / (N - 1)
+
+
+def distances_to_others(samples, means, inverse):
     """For each sample of each task the distance to the nearest mean of another task."""
     nearest = []
     for i, x in enumerate(samples):
-        distances = torch.cdist(x, means)  # (N, tasks)
-        distances[:, i] = math.inf  # its own task does not count
+        others = torch.cat([means[:i], means[i + 1 :]])  # (t - 1, f)
+        distances = mahalanobis(x[:, None] - others, inverse)  # (N, t - 1)
         nearest.append(distances.min(dim=1).values)
     return torch.cat(nearest)
 
 
-def minus_mean_of_others(x):
-    """Each row of x (N, f) minus the mean of the N - 1 other rows."""
-    means = (x.sum(0) - x) / (len(x) - 1)
-    return x - means
-
-
-def whitening(residuals):
-    """A matrix M (f, f) with which ‖x M‖ is the Mahalanobis distance of the row x.
-
-    C is the covariance of the residuals (N, f), with what is off its diagonal times 0.9, as few
-    samples make some directions look too certain. Cholesky's decomposition gives M with
-    C^-1 = M M^T. Then ‖x M‖² = x M M^T x^T = x C^-1 x^T.
-    """
-    covariance = residuals.T @ residuals / len(residuals)  # residuals have mean 0
-    diagonal = covariance.diagonal().diag()
-    C = 0.9 * covariance + 0.1 * diagonal
-    least = 1e-7 * diagonal.max() + 1e-30  # so that C has an inverse if a feature is constant
-    C += least * torch.eye(len(C)).to(C)
-    return torch.linalg.cholesky(torch.linalg.inv(C))
-
-
 def average(share, tasks, name, p=None):
-    """A new task: the best rank-p fit to the mean of the tasks' ΔW (p None: all of it).
+    """A new task: the best rank-p fit to the mean of the tasks' ΔW; p None: the mean itself.
 
     Coefficients cannot be averaged, as (B, A) and (-B, -A) are the same ΔW. But the mean of ΔW is
 
@@ -588,16 +612,16 @@ def average(share, tasks, name, p=None):
 
     """
     adapters = [share.reconstruct(task) for task in tasks]
-    n = len(adapters)  # also in a layer that a task lacks: its ΔW is 0 there
     factors = {}
     for layer in share.layers:
+        # A task without this layer has ΔW = 0 in it: no factors, but it counts in n.
         pairs = [adapter.factors[layer] for adapter in adapters if layer in adapter.factors]
         if pairs:
-            B = torch.cat([B for B, _ in pairs], dim=1) / n
+            B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
-    if p is None:  # in bases of kβ and kα columns no ΔW has more than rank min(kβ, kα): cut nothing
+    if p is None:  # the mean lies in the bases, where no rank is above min(kβ, kα): cut nothing
         ranks = [min(beta.shape[1], alpha.shape[1]) for beta, alpha in share.bases.values()]
-        p = max([1] + ranks)  # 1, if all bases are empty
+        p = max(1, *ranks)  # 1, if all bases are empty
     share.add(name, Adapter(factors), p)
 
 
@@ -663,13 +687,23 @@ def share_routed(e, share, model):
         return accuracy(model, batch)
 
     of_tasks = [routed_accuracy(test) for test in e.tests]
-    stored = num_parameters(share) + router.means.numel() + router.scale.numel()
+    stored = num_parameters(share) + router.means.numel() + router.inverse.numel()
     row = row_of_accuracies(of_tasks, stored)
     row["base_kept"] = routed_accuracy(e.clear_test) / accuracy(e.base, e.clear_test)
     return row
 
 
 # --- Ablations, costs, the picture
+SWEEP_LEGEND = """
+from   how many tasks made the bases; random: random bases, of the sizes in the line before
+k      directions of a basis, on average, before the new tasks
+new    accuracy of two new tasks, learned at p
+first  accuracy afterwards of the tasks that made the bases, at rank r; nan: there are none
+grow   how phi columns are merged: by ours (True), by the paper's phase 3 (False)
+
+from    variance  stack       k  p  phi   grow     new   first  trained   stored"""
+
+
 def sweep(s):
     """The ablations: two new tasks, learned in bases of several kinds and in several ways."""
     e = Experiment(s)
@@ -677,12 +711,7 @@ def sweep(s):
     for t, name in enumerate(e.names[: s.first]):
         lora, _ = e.train_lora("lora_per_task", t, s.r, s.lora_lr)
         adapters[name] = lora_adapter(lora)
-    print("\nfrom   how many tasks made the bases, or random ones, of the sizes in the line before")
-    print("k      directions of a basis, on average")
-    print("first  accuracy of the tasks that made the bases, at rank r; nan: there are none")
-    print("new    accuracy of two more tasks, learned at p")
-    print("grow   how phi columns are merged: by ours (True) or by the paper's phase 3 (False)")
-    print("from    variance  stack       k  p  phi   grow   first    new  trained   stored")
+    print(SWEEP_LEGEND)
     for variance, stack in itertools.product((0.6, 0.9), ("factors", "updates")):
         built = Share.from_adapters(adapters, variance=variance, stack=stack)
         for p in (1, 4):
@@ -701,18 +730,19 @@ def ablation(e, built, p, phi=0, grow=True):
     share = copy.deepcopy(built)
     model = share.attach(copy.deepcopy(e.base))
     k = mean([basis.shape[1] for bases in share.bases.values() for basis in bases])
-    of_first = math.nan
-    if share.tasks:
-        of_first = mean(e.selected_accuracies(share, model, range(len(share.tasks))))
     new_tasks = range(e.s.first, e.s.first + 2)
     for t in new_tasks:
         trained = e.learn_task(share, model, t, p, phi, grow)
     of_new = mean(e.selected_accuracies(share, model, new_tasks))
-    made_of = len(built.tasks) or "random"
-    line = f"{made_of:6} {share.variance:9}  {share.stacking:7} {k:5.1f} {p:2} {phi:4}"
+    made_of = "random"
+    of_first = math.nan
+    if built.tasks:
+        made_of = len(built.tasks)
+        of_first = mean(e.selected_accuracies(share, model, range(made_of)))
     how = str(grow) if phi > 0 else "-"
-    line += f" {how:>6} {of_first:7.3f} {of_new:6.3f}"
-    print(f"{line} {trained:8} {num_parameters(share):8}", flush=True)
+    line = f"{made_of:<6} {share.variance:9}  {share.stacking:7} {k:5.1f} {p:2} {phi:4} {how:>6}"
+    line += f" {of_new:7.3f} {of_first:7.3f} {trained:8} {num_parameters(share):8}"
+    print(line, flush=True)
 
 
 def scaling(seed, counts, n=1024, r=8):
@@ -736,7 +766,8 @@ def scaling(seed, counts, n=1024, r=8):
     print("build      seconds of phase 1")
     print("merge      milliseconds to load a share and merge one adapter by the paper's phase 3")
     print("published  the same by the paper's steps: rebuild all adapters, stack, SVD, project")
-    print("stored     numbers of the share at p = 1; apart: those of the adapters")
+    print("stored     numbers of a share at p = 1 (the times are of one at rank r)")
+    print("apart      numbers of the adapters")
     print("tasks   build   merge  published   ratio   stored       apart")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "share.safetensors"
@@ -746,9 +777,10 @@ def scaling(seed, counts, n=1024, r=8):
             build_share(adapters).save(path)
             merge = 1000 * seconds(load_and_merge, path, new_adapter())
             published = 1000 * seconds(load_and_merge_as_published, path, new_adapter())
-            stored = num_parameters(build_share(adapters, p=1))  # cut to one column a task
+            stored = num_parameters(build_share(adapters, p=1))
+            apart = tasks * 2 * n * r
             line = f"{tasks:5} {build:7.2f} {merge:7.1f} {published:10.1f} {published / merge:7.1f}"
-            print(f"{line} {stored:8,} {2 * tasks * n * r:11,}", flush=True)
+            print(f"{line} {stored:8,} {apart:11,}", flush=True)
 
 
 def seconds(function, *arguments):
@@ -775,8 +807,8 @@ def load_and_merge_as_published(path, adapter):
 def new_coefficients(columns, k):
     """One side of the paper's phase 3: columns (n, m) -> their coefficients (k, m) in a new basis.
 
-    As published, the basis is made of the centred columns, but the columns are projected as they
-    are. So what their mean column has outside of the basis is lost. (share.py adds its direction.)
+    As published, the basis is that of the centred columns, but the columns are projected as they
+    are: the part of the mean column that is outside of the basis is lost.
     """
     centred = columns - columns.mean(1, keepdim=True)
     U, _, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -823,10 +855,9 @@ PEFT_VARIANTS += ["layer_replication"]  # it adds layers to the model
 # Values of init_lora_weights that leave W0 as it is; pissa, for one, changes it:
 PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Options that `save_peft` leaves out:
-PEFT_DROPPED = ["eva_config", "corda_config", "loftq_config"]  # they are for the start of training
+PEFT_DROPPED = ["eva_config", "corda_config", "loftq_config"]  # of the start of training
 PEFT_DROPPED += ["rank_pattern", "alpha_pattern"]  # all layers get one rank, and scaling 1
-# they narrow the old target_modules, and PEFT refuses them beside a pattern:
-PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]
+PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]  # of a list of targets
 PEFT_NAME = r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>A|B)(?:\.default)?\.weight"
 
 
@@ -907,10 +938,12 @@ def peft_scaling(config, layer, r, directory):
 
 
 def save_peft(adapter, directory):
-    """Write an Adapter for PEFT. Every layer gets the largest rank, padded with zeros.
+    """Write an Adapter for PEFT. Every layer gets the largest rank r, padded with zeros.
 
-    Its config is kept, but for PEFT_DROPPED and these: target_modules becomes a pattern that names
-    the layers; the rank is the one that all have now, and the scaling 1, as it is in B already.
+    Its config is kept, but for PEFT_DROPPED and for
+        r, lora_alpha   both r, so that PEFT's scaling is 1: B has the true one already
+        target_modules  a pattern that names the layers; PEFT compares it with whole names
+
     ValueError if the adapter is malformed or JSON cannot hold its config; then nothing is written.
     """
     directory = Path(directory)
@@ -919,7 +952,6 @@ def save_peft(adapter, directory):
     config = {key: adapter.config[key] for key in adapter.config if key not in PEFT_DROPPED}
     config |= {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False}
     config |= {"init_lora_weights": True}
-    # PEFT compares a pattern with whole names. (It would compare a list with their ends.)
     config["target_modules"] = "|".join(re.escape(layer) for layer in adapter.factors)
     try:
         text = json.dumps(config, indent=2)
