@@ -26,9 +26,10 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are on:
-- with_mean: phase 1 subtracts the mean column, and afterwards adds its direction to the basis.
-- keep_size: a merge by variance makes no basis smaller. At 0.6, with many tasks, most would be.
+- with_mean: the paper subtracts the mean column in phase 1; ours then adds its direction.
+- keep_size: a merge by variance makes no basis smaller; the paper's would, at 0.6 with many tasks.
 - grow_layer: `learn` with phi > 0 ends by adding directions to the bases; not with grow=False.
+For the paper without the first two delete the lines that call them: there is no switch.
 """
 
 import contextlib
@@ -116,7 +117,7 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
     variance, k: see `build_basis`. stacking: the paper's "factors", or "updates", ours.
-    least, ours: in a merge, the sizes that beta and alpha keep at least, see `keep_size`.
+    least, ours: in a merge without k, the sizes that beta and alpha keep, see `keep_size`.
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
     if stacking == "factors":  # the paper's
@@ -128,9 +129,9 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     centre = stacking == "factors"  # the mean of ours says nothing, see update_stacks
     beta = build_basis(Bs, variance, k, centre=centre)
     alpha = build_basis(A_Ts, variance, k, centre=centre)
-    # Ours, in a merge only: not fewer than before.
-    beta = keep_size(beta, Bs, least[0])
-    alpha = keep_size(alpha, A_Ts, least[1])
+    if k is None:  # ours, in a merge: not fewer than before
+        beta = keep_size(beta, Bs, least[0])
+        alpha = keep_size(alpha, A_Ts, least[1])
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project((beta, alpha), pair) for task, pair in pairs.items()}
     return (beta, alpha), coefficients
@@ -140,21 +141,21 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
     By variance, the paper's: subtract the mean column, and take the fewest directions that explain
-    this part of the rest. Ours: then add the mean's direction, see `with_mean`; centre=False: do
-    not subtract the mean. By k, ours: the first k directions of the stack itself, or fewer.
+    this part of the rest; ours: and one for the mean. With centre=False, ours: the fewest that
+    explain this part of the stack itself. By k, ours: the first k of the stack itself, or fewer.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_stack(stack, variance, k)
     X = stack.double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    # 1. Subtract the mean column. Ours: not with k, to get the k directions that hold most of X.
-    subtract = centre and k is None
-    mean = X.mean(dim=1, keepdim=True) if subtract else torch.zeros_like(X[:, :1])
-    # 2. Take the main directions of the rest.
-    basis = main_directions(X - mean, rounding, variance, k)
-    # 3. Ours: add the mean's direction, unless it is 0.
-    basis = with_mean(basis, mean, X)
+    if centre and k is None:  # the paper's
+        # Subtract the mean column, and take the main directions of the rest.
+        mean = X.mean(dim=1, keepdim=True)
+        basis = main_directions(X - mean, rounding, variance)
+        basis = with_mean(basis, mean, X)  # ours: add the mean's direction
+    else:  # ours
+        basis = main_directions(X, rounding, variance, k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -228,7 +229,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
     if grow:  # ours: nothing is lost
         share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
-    else:  # the paper's
+    else:  # phase 3
         share.merge({task: Adapter(factors)})
 
 
@@ -314,8 +315,8 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, k, share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], old, new, variance, k)
-        else:  # the paper's: merge_layer, below; merge_short returns the same, but is faster
-            merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
+        else:  # the paper's merge_layer, below; `compact` only makes it faster
+            merged = compact(merge_layer, share.bases[layer], old, new, variance, k, share.stacking)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
@@ -332,34 +333,34 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again: the paper's merge. Ours: a basis that gets smaller by that, as at 0.6 with
-    #    many tasks, is made anew with its old size, by keep_size.
-    least = (0, 0) if k is not None else (beta.shape[1], alpha.shape[1])
-    return build_layer(pairs, variance, k, stacking, least)
+    # 3. Phase 1 again. Ours: without a k, no basis gets smaller.
+    sizes = beta.shape[1], alpha.shape[1]
+    return build_layer(pairs, variance, k, stacking, least=sizes)
 
 
 # --- Part 2, everything else. Behind merge
 def keep_size(basis, stack, least):
-    """Ours: the basis; or, if it has fewer than `least` columns, the first `least` directions.
+    """Ours: the basis or, if it has fewer than `least` columns, another one with so many.
 
     In a merge, most of the stack is what the last basis kept. A variance of 0.6 would drop 40 % of
-    that, and at the next merge again: earlier tasks would be forgotten step by step. The directions
-    are those of the stack itself, whose mean is not subtracted, as always with k. In phase 1, least
-    is 0, and nothing happens here.
+    that, and at the next merge again: earlier tasks would be forgotten step by step. The other one
+    has the first directions of the stack itself, whose mean is not subtracted, as always with k. In
+    phase 1, least is 0, and nothing happens here.
     """
     if basis.shape[1] < least:
         return build_basis(stack, k=least)
     return basis
 
 
-def merge_short(bases, old, new, variance, k, stacking):
-    """merge_layer(…), with the same result up to signs, but on short columns, so fast.
+def compact(merge, bases, old, new, variance, k, stacking):
+    """merge(bases, old, …), where merge is merge_layer: the same result up to signs, but fast.
 
-    Each column that merge_layer stacks lies in the span of beta and of the new B's. Let Q (n, q) be
-    an orthonormal basis of it: with kβ = 32 and one new adapter of rank 8, q is 40, whatever n is.
-    build_layer only adds columns, scales them and takes their inner products. Q keeps all three, as
-    Q^T Q = 1. So build_layer may work on Q^T X in place of the stack X: sizes and coefficients are
-    the same, and its bases are Q^T times the wanted ones. A^T likewise.
+    Every column that merge_layer stacks lies in the span of beta and the new B's. Let Q (n, q) be
+    an orthonormal basis of that span: with kβ = 32 and one new adapter of rank 8, q is 40, whatever
+    n is. A stack is then X = Q X', with the short X' = Q^T X. If X' = U S V^T is the SVD of X', that
+    of X is (Q U) S V^T: the same S, and Q times the directions. Q keeps norms and inner products,
+    too. So by X' merge_layer finds the same sizes and coefficients, and bases that only have to be
+    multiplied by Q. A^T likewise.
     """
     # 1. Find Q for each side.
     beta, alpha = bases
@@ -371,7 +372,7 @@ def merge_short(bases, old, new, variance, k, stacking):
     for task, (B, A_T) in new.items():
         short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
     # 3. Merge.
-    short, coefficients = merge_layer(short_bases, old, short_new, variance, k, stacking)
+    short, coefficients = merge(short_bases, old, short_new, variance, k, stacking)
     # 4. Lengthen the new bases.
     short_beta, short_alpha = short
     long_bases = matmul64(Q_beta, short_beta).to(beta), matmul64(Q_alpha, short_alpha).to(alpha)
@@ -449,7 +450,7 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # a leftover of accelerate, see check_linear: it would hide the forward of the new class
+            # a leftover, see is_patched: it would hide the forward of the new class
             vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
@@ -566,7 +567,8 @@ class Share:
             raise ValueError(f"p is {p!r}; it takes an integer, 1 or more")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
-        # The paper asks for phi < k. Here k differs by layer and side, and the largest one counts.
+        # The paper asks for phi < k. Here k differs by layer and side. The largest one counts: one
+        # narrow layer is no reason to refuse phi in all others.
         max_k = max([basis.shape[1] for bases in self.bases.values() for basis in bases], default=0)
         if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
             raise ValueError(f"phi is {phi!r}; it takes 0 or integers below the largest k, {max_k}")
@@ -688,7 +690,7 @@ class Share:
             raise ValueError("adapters is empty or no dict; it takes {task: Adapter}, one or more")
         shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
         devices = {layer: beta.device for layer, (beta, _) in self.bases.items()}
-        layers = {}
+        by_layer = {}
         for task, adapter in adapters.items():
             self._check_new_task(task)
             check_adapter(task, adapter, shapes)
@@ -698,8 +700,8 @@ class Share:
                 device = devices.setdefault(layer, B.device)
                 dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
                 pair = B.detach().to(device, dtype), A.detach().to(device, dtype).T
-                layers.setdefault(layer, {})[task] = pair
-        return layers
+                by_layer.setdefault(layer, {})[task] = pair
+        return by_layer
 
     @torch.inference_mode(False)  # a tensor that is made in inference mode could never be trained
     def _store(self, adapters, new_bases, new_coefficients):
@@ -793,8 +795,8 @@ def best_rank(eps, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # Float32 coefficients leave rounding of some 1e-8 in S. Its roots, of 1e-4, would be above
-    # ROUNDING: a merge would give them directions. So set it to 0.
+    # Set to 0 what is rounding beside S[0], some 1e-8. Its root, 1e-4, would no longer look like
+    # rounding, and a later merge would take it for a direction.
     S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -802,17 +804,17 @@ def best_rank(eps, p):
 
 # --- Ours
 def with_mean(basis, mean, X):
-    """Ours: a basis and, beside it, the direction of what it lacks of the mean of X (n, m).
+    """Ours: a basis and, beside it, the direction of the part of the mean that lies outside of it.
 
-    `project` takes the columns as they are, mean included, so the basis has to hold it. In float64.
+    `project` takes the columns of X (n, m) with their mean, which would be lost. In float64.
     """
-    missing = mean - basis @ (basis.T @ mean)
-    # Is it more than rounding? Compare with a typical column, not with the mean: where columns
-    # cancel, the mean is itself rounding.
+    outside = mean - basis @ (basis.T @ mean)
+    # Is it rounding? Compare it with a typical column. The mean may itself be rounding, where
+    # columns cancel.
     column_norm = X.norm() / X.shape[1] ** 0.5  # root mean square
-    if missing.norm() <= ROUNDING * column_norm:
+    if outside.norm() <= ROUNDING * column_norm:
         return basis
-    return torch.cat([basis, missing / missing.norm()], dim=1)
+    return torch.cat([basis, outside / outside.norm()], dim=1)
 
 
 def update_columns(B, A_T):
@@ -863,9 +865,10 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. Their B and A may lose a part, but ΔW, if variance is 1, does not:
-    #    beta spans the columns of ΔW and alpha its rows, so beta beta^T ΔW alpha alpha^T = ΔW, and
-    #    this is the product of the projected B and A.
+    # 3. Project the new tasks. Their ΔW is then
+    #        (beta beta^T B) (A alpha alpha^T) = beta beta^T ΔW alpha alpha^T.
+    #    With variance 1, beta spans the columns of ΔW and alpha its rows, so this is ΔW itself,
+    #    even where B alone or A alone loses a part.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -940,9 +943,9 @@ def whole(parameter):
 def frozen(model):
     """For a block no parameter of a model can train.
 
-    Afterwards requires_grad is as it was. So are the buffers that state_dict() has, such as
-    BatchNorm's statistics. All other buffers are caches, such as a rotary embedding's, and keep
-    what the block wrote. Gradients are dropped.
+    Restored afterwards: requires_grad, and the buffers that state_dict() has, such as BatchNorm's
+    statistics. Not restored: gradients, which are dropped, and all other buffers. These are caches,
+    such as a rotary embedding's, and keep what the block wrote.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -1035,13 +1038,9 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
-    # accelerate's offload sets a forward on the layer itself. When that is undone, the class's own
-    # forward stays there, which is harmless. (Of bound methods, == compares object and function.)
-    own = vars(linear).get("forward")
-    is_patched = own is not None and own != types.MethodType(cls.forward, linear)
     if type(linear) is not cls or weight is None:
         reason = f"it takes {cls.__name__} itself, and no weight that is computed, as by pruning"
-    elif is_patched:
+    elif is_patched(linear, cls):
         reason = "its forward is patched; attach first and offload afterwards; undo it to detach"
     elif weight.is_meta:
         reason = "its weight is on meta; load the weights first"
@@ -1050,6 +1049,17 @@ def check_linear(layer, linear, cls, bases):
     else:
         return
     raise ValueError(f"layer {layer!r} is {type(linear).__name__}; {reason}")
+
+
+def is_patched(linear, cls):
+    """Whether the layer itself has a forward that is not its class's.
+
+    accelerate's offload sets one. Undone, it leaves the class's forward there, bound to the layer,
+    which is as good as none (but for attach and detach: they change the class and delete it).
+    """
+    own = vars(linear).get("forward")
+    # == compares what bound methods are bound to, and their functions
+    return own is not None and own != types.MethodType(cls.forward, linear)
 
 
 def check_unwrapped(model):

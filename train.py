@@ -12,16 +12,16 @@ layer's weight (n, d), of rank p. The first tasks keep LoRA's rank, each later o
     phase 3  share.learn, phi > 0   each later task trains phi temporary columns beside each basis,
                                     too; then its ΔW is merged into the bases
 
-Phase 1 puts columns of the first tasks side by side. An SVD gives their main directions, which make
-a basis: as many as explain a given fraction of the variance. There are two ways to stack:
+Phase 1 stacks columns of the first tasks side by side. An SVD gives their main directions, which
+make a basis: as many as explain a given fraction of the stack's variance. There are two stacks:
 
     stack="factors"  the paper's  beta from [B1 B2 …], alpha from [A1^T A2^T …], after the mean
-                                  column is subtracted (share.py then adds the mean's direction)
+                                  column is subtracted. (share.py then adds the mean's direction.)
     stack="updates"  ours         beta from [ΔW1 ΔW2 …], alpha from [ΔW1^T ΔW2^T …], each ΔW
-                                  divided by its (Frobenius) norm; no mean is subtracted
+                                  divided by its (Frobenius) norm. No mean is subtracted.
 
-B and A are not unique: B M and M^-1 A give the same ΔW, but other "factors". So the experiment has
-"updates". All three phases stand in `compare`.
+Why ours: for any invertible M, B M and M^-1 A give the same ΔW as B and A, but other bases if these
+are made of "factors". So the experiment has "updates".
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -119,7 +119,7 @@ def make_batch(generator, keys, tags=None):
     message = torch.randint(LETTERS, (len(keys), MESSAGE), generator=generator)
     prefix = LETTERS + keys  # in clear
     if tags is not None:
-        prefix = 2 * LETTERS + tags[:, None].expand(-1, KEY)
+        prefix = (2 * LETTERS + tags)[:, None].expand(-1, KEY)  # the tag, three times
     answers = (message + keys.repeat(1, MESSAGE // KEY)) % LETTERS
     return torch.cat([prefix, message], 1).to(DEVICE), answers.to(DEVICE)
 
@@ -313,15 +313,16 @@ class Experiment:
         return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Phase 2, or with phi > 0 phase 3, for task t. Returns how many numbers were trained.
+        """Phase 2 (phi = 0) or 3 (phi > 0) for task t. Returns how many numbers were trained.
 
         model: the base model with the share attached. In each layer these numbers are trained:
 
-            phi = 0  eps_beta (kβ, p), eps_alpha (kα, p)
-            phi > 0  eps_beta (kβ + phi, p), eps_alpha (kα + phi, p), and the temporary columns
-                     T_beta (n, phi), T_alpha (d, phi):  B = [beta T_beta] eps_beta, A likewise
+            phi = 0  eps_beta (kβ, p)        with  B = beta eps_beta
+            phi > 0  eps_beta (kβ + phi, p)  with  B = [beta T_beta] eps_beta
+                     T_beta (n, phi)         temporary columns
 
-        With phi > 0 the task, whose ΔW has rank p at most, is then merged into the bases:
+        and for A likewise eps_alpha, and T_alpha (d, phi). With phi > 0 the task's ΔW = B A is then
+        merged, and the columns go:
 
             grow=True   ours: bases get the directions of ΔW that they lack; no earlier ΔW changes
             grow=False  the paper's: new bases of all tasks, as in phase 1; earlier ΔW may change
@@ -345,8 +346,12 @@ class Experiment:
     def learn_tasks(self, method, share, lora_matrix, phi=0, grow=True):
         """Learn the tasks that the share lacks, one by one. Returns the attached model and the row.
 
-        The tasks that it has, the first ones or none, were learned by LoRA. So their rows of the
-        accuracy matrix are LoRA's, and what phase 1 loses of them counts as forgetting.
+        The rows of the accuracy matrix are, if the share has tasks 0 to 3:
+
+            0 … 3   after LoRA has learned task 0 … 3, from lora_matrix
+            4 … 11  after Share has learned task 4 … 11
+
+        No row is taken just after phase 1: what that loses counts as forgetting.
         """
         model = share.attach(copy.deepcopy(self.base))
         known = len(share.tasks)
@@ -431,13 +436,13 @@ def compare(s, everything=False):
     model, rows["share"] = e.learn_tasks("share", share, lora_matrix)
     if not everything:
         return rows
-    # Phase 3: the same with a temporary column beside each basis, merged after each task.
-    by_the_paper = copy.deepcopy(built)
-    settings = dict(phi=1, grow=False)
-    _, rows["share_merge"] = e.learn_tasks("share_merge", by_the_paper, lora_matrix, **settings)
-    growing = copy.deepcopy(built)
-    settings = dict(phi=1, grow=True)  # ours
-    _, rows["share_grow"] = e.learn_tasks("share_grow", growing, lora_matrix, **settings)
+    # Phase 3: the same with a temporary column beside each basis, merged after each task. The bases
+    # begin as before; only the merge differs.
+    share_2 = copy.deepcopy(built)  # the paper's merge:
+    _, rows["share_merge"] = e.learn_tasks("share_merge", share_2, lora_matrix, phi=1, grow=False)
+    share_3 = copy.deepcopy(built)  # ours:
+    _, rows["share_grow"] = e.learn_tasks("share_grow", share_3, lora_matrix, phi=1, grow=True)
+    # Here the method ends.
     return rows | other_rows(e, built, share, model)
 
 
@@ -467,22 +472,16 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """The least number of tasks, from `first` on, for which Share stores less than LoRAs do.
-
-    None if that never happens, as a later task of Share stores no less than one of the LoRAs.
-    """
+    """The least number of tasks, from `first` on, for which Share stores less than LoRAs do."""
     share = methods["share"]
-    learned = len(share["accuracy_matrix"])  # tasks behind share["stored"]
     later_each = share["trained_per_task"]  # a later task stores what it trains
-    lora_each = methods[other]["trained_per_task"]
-    if later_each >= lora_each:
-        return None
-    for tasks in itertools.count(first):
-        later_or_fewer = tasks - learned  # than were learned, if negative
-        stored_by_share = share["stored"] + later_or_fewer * later_each
-        stored_by_loras = tasks * lora_each
-        if stored_by_share < stored_by_loras:
-            return tasks
+    saved_each = methods[other]["trained_per_task"] - later_each
+    if saved_each <= 0:
+        return None  # never
+    # For n tasks Share stores fixed + n later_each. That is less if fixed < n saved_each.
+    learned = len(share["accuracy_matrix"])  # tasks in share["stored"]
+    fixed = share["stored"] - learned * later_each
+    return max(first, fixed // saved_each + 1)
 
 
 def spread(values, digits):
@@ -502,7 +501,8 @@ def print_table(runs, first):
     for name in runs[0]["methods"]:
         line = f"{name:16}"
         for key, digits in columns.items():
-            line += f"{spread([run['methods'][name][key] for run in runs], digits):>17}"
+            values = [run["methods"][name][key] for run in runs]
+            line += f"{spread(values, digits):>17}"
         print(line)
     for other in ("lora_per_task", "lora_r1"):
         tasks = [break_even(run["methods"], other, first) for run in runs]
@@ -510,7 +510,7 @@ def print_table(runs, first):
             print(f"from {spread(tasks, 0)} tasks on share stores less than {other}")
 
 
-# --- When nobody names the task: a Router, or the average of all (ours; the paper has the name)
+# --- Ours, when nobody names the task: a Router, or the average of all tasks
 @dataclass
 class Router:
     """Picks the task: the nearest class mean, or the base (None) when none is near (radius).
@@ -528,8 +528,8 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, none of which is kept. Better many more samples than f.
 
-        own     98 % of the samples are nearer to the mean of the other samples of their task
-        other   98 % of the samples are farther from all means of other tasks
+        own     the distance within which 98 % of samples have the mean of the others of their task
+        other   the distance within which 2 % of samples have the mean of another task
         radius  half-way between; own, if other is smaller (tasks overlap) or there is one task
         """
         check_features(features)
@@ -575,8 +575,8 @@ def mahalanobis(differences, inverse):
 def inverse_covariance(residuals):
     """The inverse (f, f) of the shrunk covariance of residuals (N, f), which have mean 0.
 
-    Shrunk: what is off the diagonal is multiplied by 0.9, the diagonal stays. For few samples make
-    some directions look too certain.
+    Shrunk: what is off the diagonal is multiplied by 0.9, the diagonal stays. By few samples alone,
+    some directions would seem to have almost no variance.
     """
     covariance = residuals.T @ residuals / len(residuals)
     variances = covariance.diagonal()
@@ -588,9 +588,8 @@ def inverse_covariance(residuals):
 
 def leave_one_out_residuals(x):
     """Each row of x (N, f) minus the mean of the N - 1 other rows."""
-    # With m the mean of all rows, that of the others is (N m - x) / (N - 1).
-    N = len(x)
-    return (x - x.mean(0)) * N / (N - 1)
+    means_of_others = (x.sum(0) - x) / (len(x) - 1)  # (N, f)
+    return x - means_of_others
 
 
 def distances_to_others(samples, means, inverse):
@@ -608,7 +607,7 @@ def average(share, tasks, name, p=None):
 
     Coefficients cannot be averaged, as (B, A) and (-B, -A) are the same ΔW. But the mean of ΔW is
 
-        (B1 A1 + B2 A2 + … + Bn An) / n = [B1 B2 … Bn] / n times [A1; A2; …; An]
+        (B1 A1 + B2 A2 + … + Bn An) / n = ([B1 B2 … Bn] / n) [A1; A2; …; An]
 
     """
     adapters = [share.reconstruct(task) for task in tasks]
@@ -619,9 +618,8 @@ def average(share, tasks, name, p=None):
         if pairs:
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
-    if p is None:  # the mean lies in the bases, where no rank is above min(kβ, kα): cut nothing
-        ranks = [min(beta.shape[1], alpha.shape[1]) for beta, alpha in share.bases.values()]
-        p = max(1, *ranks)  # 1, if all bases are empty
+    if p is None:  # the mean lies in the bases, where no rank is above k: cut nothing
+        p = max([basis.shape[1] for bases in share.bases.values() for basis in bases])
     share.add(name, Adapter(factors), p)
 
 
@@ -734,13 +732,14 @@ def ablation(e, built, p, phi=0, grow=True):
     for t in new_tasks:
         trained = e.learn_task(share, model, t, p, phi, grow)
     of_new = mean(e.selected_accuracies(share, model, new_tasks))
-    made_of = "random"
-    of_first = math.nan
     if built.tasks:
-        made_of = len(built.tasks)
-        of_first = mean(e.selected_accuracies(share, model, range(made_of)))
+        made_of = str(len(built.tasks))
+        of_first = mean(e.selected_accuracies(share, model, range(len(built.tasks))))
+    else:
+        made_of = "random"
+        of_first = math.nan
     how = str(grow) if phi > 0 else "-"
-    line = f"{made_of:<6} {share.variance:9}  {share.stacking:7} {k:5.1f} {p:2} {phi:4} {how:>6}"
+    line = f"{made_of:6} {share.variance:9}  {share.stacking:7} {k:5.1f} {p:2} {phi:4} {how:>6}"
     line += f" {of_new:7.3f} {of_first:7.3f} {trained:8} {num_parameters(share):8}"
     print(line, flush=True)
 
