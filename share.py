@@ -26,10 +26,10 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are on:
-- with_mean: the paper subtracts the mean column in phase 1; ours then adds its direction.
-- keep_size: a merge by variance makes no basis smaller; the paper's would, at 0.6 with many tasks.
-- grow_layer: `learn` with phi > 0 ends by adding directions to the bases; not with grow=False.
-For the paper without the first two delete the lines that call them: there is no switch.
+- with_mean: phase 1 subtracts the mean column, as the paper does, and then adds its direction.
+- keep_size: a merge by variance makes no basis smaller.
+- grow_layer: `learn` with phi > 0 ends by adding directions to the bases. grow=False: as the paper.
+The first two have no switch: delete the lines that call them.
 """
 
 import contextlib
@@ -117,7 +117,7 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
     variance, k: see `build_basis`. stacking: the paper's "factors", or "updates", ours.
-    least, ours: in a merge without k, the sizes that beta and alpha keep, see `keep_size`.
+    least, ours: in a merge, the sizes that beta and alpha keep at least, see `keep_size`.
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
     if stacking == "factors":  # the paper's
@@ -129,9 +129,8 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     centre = stacking == "factors"  # the mean of ours says nothing, see update_stacks
     beta = build_basis(Bs, variance, k, centre=centre)
     alpha = build_basis(A_Ts, variance, k, centre=centre)
-    if k is None:  # ours, in a merge: not fewer than before
-        beta = keep_size(beta, Bs, least[0])
-        alpha = keep_size(alpha, A_Ts, least[1])
+    beta = keep_size(beta, Bs, least[0])  # ours; least is 0 in phase 1, and nothing happens
+    alpha = keep_size(alpha, A_Ts, least[1])
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project((beta, alpha), pair) for task, pair in pairs.items()}
     return (beta, alpha), coefficients
@@ -140,9 +139,10 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
 def build_basis(stack, variance=0.6, k=None, *, centre=True):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    By variance, the paper's: subtract the mean column, and take the fewest directions that explain
-    this part of the rest; ours: and one for the mean. With centre=False, ours: the fewest that
-    explain this part of the stack itself. By k, ours: the first k of the stack itself, or fewer.
+    by variance, the paper's      the fewest that explain this part of the columns minus their mean;
+                                  ours: and one for the mean
+    by variance, centre=False     ours: the same, but no mean is subtracted
+    by k                          ours: the first k, or fewer; no mean is subtracted
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -153,7 +153,7 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
         # Subtract the mean column, and take the main directions of the rest.
         mean = X.mean(dim=1, keepdim=True)
         basis = main_directions(X - mean, rounding, variance)
-        basis = with_mean(basis, mean, X)  # ours: add the mean's direction
+        basis = with_mean(basis, mean, X.shape[1], rounding)  # ours: and the mean's direction
     else:  # ours
         basis = main_directions(X, rounding, variance, k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
@@ -315,8 +315,8 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, k, share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], old, new, variance, k)
-        else:  # the paper's merge_layer, below; `compact` only makes it faster
-            merged = compact(merge_layer, share.bases[layer], old, new, variance, k, share.stacking)
+        else:  # the paper's: merge_layer, below. merge_short is the same, but faster
+            merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
@@ -334,8 +334,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
     # 2. Put the new ones beside them.
     pairs.update(new)
     # 3. Phase 1 again. Ours: without a k, no basis gets smaller.
-    sizes = beta.shape[1], alpha.shape[1]
-    return build_layer(pairs, variance, k, stacking, least=sizes)
+    least = (beta.shape[1], alpha.shape[1]) if k is None else (0, 0)
+    return build_layer(pairs, variance, k, stacking, least)
 
 
 # --- Part 2, everything else. Behind merge
@@ -352,15 +352,14 @@ def keep_size(basis, stack, least):
     return basis
 
 
-def compact(merge, bases, old, new, variance, k, stacking):
-    """merge(bases, old, …), where merge is merge_layer: the same result up to signs, but fast.
+def merge_short(bases, old, new, variance, k, stacking):
+    """merge_layer, but fast: the same result up to signs.
 
-    Every column that merge_layer stacks lies in the span of beta and the new B's. Let Q (n, q) be
-    an orthonormal basis of that span: with kβ = 32 and one new adapter of rank 8, q is 40, whatever
-    n is. A stack is then X = Q X', with the short X' = Q^T X. If X' = U S V^T is the SVD of X', that
-    of X is (Q U) S V^T: the same S, and Q times the directions. Q keeps norms and inner products,
-    too. So by X' merge_layer finds the same sizes and coefficients, and bases that only have to be
-    multiplied by Q. A^T likewise.
+    Every column x that merge_layer stacks lies in the span of beta and the new B's, which has few
+    dimensions: q = 40 for kβ = 32 and one new adapter of rank 8, whatever n is. Let Q (n, q) be an
+    orthonormal basis of it. Then x = Q x', with the short x' = Q^T x. As Q keeps inner products,
+    merge_layer finds by the x' the same singular values, sizes and coefficients as by the x. Only
+    the bases come out short, and have to be multiplied by Q. A^T likewise.
     """
     # 1. Find Q for each side.
     beta, alpha = bases
@@ -372,7 +371,7 @@ def compact(merge, bases, old, new, variance, k, stacking):
     for task, (B, A_T) in new.items():
         short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
     # 3. Merge.
-    short, coefficients = merge(short_bases, old, short_new, variance, k, stacking)
+    short, coefficients = merge_layer(short_bases, old, short_new, variance, k, stacking)
     # 4. Lengthen the new bases.
     short_beta, short_alpha = short
     long_bases = matmul64(Q_beta, short_beta).to(beta), matmul64(Q_alpha, short_alpha).to(alpha)
@@ -450,7 +449,8 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # a leftover, see is_patched: it would hide the forward of the new class
+            # accelerate's offload, when undone, leaves nn.Linear's forward on the object, where it
+            # would hide ShareLinear's
             vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
@@ -707,18 +707,18 @@ class Share:
     def _store(self, adapters, new_bases, new_coefficients):
         """Take in copies of new bases and coefficients, {layer: {task: eps}}.
 
-        adapters: the tasks that are new, or newly trained; these get records. A task of which a
-        merge has only changed the coefficients keeps its record, with the ‖ΔW‖² of its beginning.
+        adapters: the tasks that are new, or newly trained. Their records are written. All other
+        tasks keep theirs, and so the ‖ΔW‖² of their beginning, even if a merge changes their eps.
         """
         self._check_idle()
         bases = dict(self.bases)
         for layer, (beta, alpha) in new_bases.items():
             bases[layer] = beta.clone(), alpha.clone()
         coefficients = dict(self.coefficients)
-        for layer, found in new_coefficients.items():
+        for layer, changed in new_coefficients.items():
             beta, alpha = bases[layer]
             by_task = dict(coefficients.get(layer, {}))
-            for task, (eps_beta, eps_alpha) in found.items():
+            for task, (eps_beta, eps_alpha) in changed.items():
                 by_task[task] = eps_beta.to(beta, copy=True), eps_alpha.to(alpha, copy=True)
             coefficients[layer] = by_task
         records = dict(self.records)
@@ -790,29 +790,27 @@ def best_rank(eps, p):
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
     if 0 in (len(eps_beta), len(eps_alpha)):
-        # A basis is empty, so ΔW is 0. The SVD would return 0 columns, and these mean, in the file
-        # of `save`, that the task lacks the layer. So keep p.
+        # A basis is empty, so ΔW is 0, and there is nothing to cut. Keep p columns all the same, as
+        # `save` takes 0 columns for a task without this layer.
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # Set to 0 what is rounding beside S[0], some 1e-8. Its root, 1e-4, would no longer look like
-    # rounding, and a later merge would take it for a direction.
+    # A singular value of 1e-8 S[0] is rounding, of float32. But its root is 1e-4 of that of S[0],
+    # which is above ROUNDING: a later merge would take it for a direction. So set it to 0 before.
     S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
 
 
 # --- Ours
-def with_mean(basis, mean, X):
+def with_mean(basis, mean, m, rounding):
     """Ours: a basis and, beside it, the direction of the part of the mean that lies outside of it.
 
-    `project` takes the columns of X (n, m) with their mean, which would be lost. In float64.
+    `project` takes the m columns with their mean, which would be lost. All in float64.
     """
     outside = mean - basis @ (basis.T @ mean)
-    # Is it rounding? Compare it with a typical column. The mean may itself be rounding, where
-    # columns cancel.
-    column_norm = X.norm() / X.shape[1] ** 0.5  # root mean square
-    if outside.norm() <= ROUNDING * column_norm:
+    # All m columns have this part of the mean. Together that is a norm of √m ‖outside‖.
+    if m**0.5 * outside.norm() <= rounding:
         return basis
     return torch.cat([basis, outside / outside.norm()], dim=1)
 
@@ -832,15 +830,15 @@ def update_columns(B, A_T):
 def update_stacks(pairs):
     """Ours, for "updates": the tasks' U S side by side, and their V S, each of norm 1.
 
-    So all tasks weigh the same, whatever the size of their ΔW. Only a norm below ROUNDING times the
-    largest may be rounding alone, and is not blown up to 1.
+    So all tasks weigh the same, whatever the size of their ΔW.
 
     No mean is subtracted: singular vectors have arbitrary signs, and so their mean says nothing.
     (Factors have such signs, too: -B and -A are the same adapter, but have another mean.)
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
     norms = [float(US.norm()) for US, _ in updates]  # ‖ΔW‖, which is the norm of V S, too
-    least = max(ROUNDING * max(norms), 1e-300)  # 1e-300: all ΔW may be 0
+    # Below this a norm may be rounding, and is not blown up to 1. (1e-300: all ΔW may be 0.)
+    least = max(ROUNDING * max(norms), 1e-300)
     all_US = []
     all_VS = []
     for (B, A_T), (US, VS), norm in zip(pairs.values(), updates, norms, strict=True):
@@ -865,10 +863,9 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. Their ΔW is then
-    #        (beta beta^T B) (A alpha alpha^T) = beta beta^T ΔW alpha alpha^T.
-    #    With variance 1, beta spans the columns of ΔW and alpha its rows, so this is ΔW itself,
-    #    even where B alone or A alone loses a part.
+    # 3. Project the new tasks. With variance 1 their ΔW = B A loses nothing: beta spans its columns
+    #    and alpha its rows, so (beta beta^T B) (A alpha alpha^T) = ΔW. B alone may lose a part, but
+    #    only one that B A does not have: if row i of A is 0, column i of B does not matter.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -1052,14 +1049,15 @@ def check_linear(layer, linear, cls, bases):
 
 
 def is_patched(linear, cls):
-    """Whether the layer itself has a forward that is not its class's.
+    """Whether the layer has a forward of its own that is not just its class's.
 
-    accelerate's offload sets one. Undone, it leaves the class's forward there, bound to the layer,
-    which is as good as none (but for attach and detach: they change the class and delete it).
+    accelerate's offload puts a forward on the layer. When undone, it leaves the class's forward
+    there, bound to the layer. That does no harm, and does not count.
     """
     own = vars(linear).get("forward")
-    # == compares what bound methods are bound to, and their functions
-    return own is not None and own != types.MethodType(cls.forward, linear)
+    if own is None:
+        return False
+    return own != types.MethodType(cls.forward, linear)  # equal: the same function and object
 
 
 def check_unwrapped(model):

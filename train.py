@@ -8,9 +8,12 @@ layer's weight (n, d), of rank p. The first tasks keep LoRA's rank, each later o
 
     phase 1  Share.from_adapters    the LoRA adapters of the first tasks make the bases and get
                                     coefficients: eps_beta = beta^T B, eps_alpha = alpha^T A^T
-    phase 2  share.learn            each later task trains its coefficients alone
-    phase 3  share.learn, phi > 0   each later task trains phi temporary columns beside each basis,
-                                    too; then its ΔW is merged into the bases
+
+    Each later task is learned by one of two:
+
+    phase 2  share.learn            its coefficients are trained; the bases stay
+    phase 3  share.learn, phi > 0   phi temporary columns beside each basis are trained, too; then
+                                    the task's ΔW is merged into the bases
 
 Phase 1 stacks columns of the first tasks side by side. An SVD gives their main directions, which
 make a basis: as many as explain a given fraction of the stack's variance. There are two stacks:
@@ -21,7 +24,7 @@ make a basis: as many as explain a given fraction of the stack's variance. There
                                   divided by its (Frobenius) norm. No mean is subtracted.
 
 Why ours: for any invertible M, B M and M^-1 A give the same ΔW as B and A, but other bases if these
-are made of "factors". So the experiment has "updates".
+are made of "factors". So the experiment has "updates". It is `compare`.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -204,7 +207,7 @@ def attach_lora(model, targets, r=8):
 
 
 def ends_in(name, target):
-    """Whether the target is the end of a layer's name: "q" is that of "0.q", but not of "0.seq"."""
+    """Whether the target is the last parts of a dotted name: "0.q" ends in "q", "0.eq" does not."""
     return f".{name}".endswith(f".{target}")
 
 
@@ -308,7 +311,7 @@ class Experiment:
         matrix = []
         for t in range(len(self.names)):
             trained = fit(model, self.batches(t, s.lora_steps), s.lora_lr)
-            learned = self.accuracies(model)[: t + 1]
+            learned = [accuracy(model, test) for test in self.tests[: t + 1]]
             matrix.append(self.matrix_row("lora_sequential", learned))
         return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
@@ -436,8 +439,7 @@ def compare(s, everything=False):
     model, rows["share"] = e.learn_tasks("share", share, lora_matrix)
     if not everything:
         return rows
-    # Phase 3: the same with a temporary column beside each basis, merged after each task. The bases
-    # begin as before; only the merge differs.
+    # Phase 3, in place of phase 2: a temporary column beside each basis, merged after each task.
     share_2 = copy.deepcopy(built)  # the paper's merge:
     _, rows["share_merge"] = e.learn_tasks("share_merge", share_2, lora_matrix, phi=1, grow=False)
     share_3 = copy.deepcopy(built)  # ours:
@@ -528,8 +530,10 @@ class Router:
     def fit(cls, features):
         """From {task: features (N, f)}, none of which is kept. Better many more samples than f.
 
-        own     the distance within which 98 % of samples have the mean of the others of their task
-        other   the distance within which 2 % of samples have the mean of another task
+        The radius shall take in nearly all samples of a task, and nothing as far away as another:
+
+        own     98 % of samples are nearer than this to the mean of the other samples of their task
+        other   98 % of samples are farther than this from the means of all other tasks
         radius  half-way between; own, if other is smaller (tasks overlap) or there is one task
         """
         check_features(features)
@@ -573,7 +577,7 @@ def mahalanobis(differences, inverse):
 
 
 def inverse_covariance(residuals):
-    """The inverse (f, f) of the shrunk covariance of residuals (N, f), which have mean 0.
+    """The inverse (f, f) of the shrunk covariance of residuals (N, f), which add up to 0.
 
     Shrunk: what is off the diagonal is multiplied by 0.9, the diagonal stays. By few samples alone,
     some directions would seem to have almost no variance.
@@ -618,7 +622,7 @@ def average(share, tasks, name, p=None):
         if pairs:
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
-    if p is None:  # the mean lies in the bases, where no rank is above k: cut nothing
+    if p is None:  # the largest k: in the bases no rank is above it, so that it cuts nothing
         p = max([basis.shape[1] for bases in share.bases.values() for basis in bases])
     share.add(name, Adapter(factors), p)
 
@@ -773,10 +777,12 @@ def scaling(seed, counts, n=1024, r=8):
         for tasks in counts:
             adapters = {f"task {i}": new_adapter() for i in range(tasks)}
             build = seconds(build_share, adapters)
-            build_share(adapters).save(path)
+            share_of_rank_r = build_share(adapters)
+            share_of_rank_r.save(path)
             merge = 1000 * seconds(load_and_merge, path, new_adapter())
             published = 1000 * seconds(load_and_merge_as_published, path, new_adapter())
-            stored = num_parameters(build_share(adapters, p=1))
+            share_of_rank_1 = build_share(adapters, p=1)
+            stored = num_parameters(share_of_rank_1)
             apart = tasks * 2 * n * r
             line = f"{tasks:5} {build:7.2f} {merge:7.1f} {published:10.1f} {published / merge:7.1f}"
             print(f"{line} {stored:8,} {apart:11,}", flush=True)
@@ -794,7 +800,7 @@ def load_and_merge(path, adapter):
 
 
 def load_and_merge_as_published(path, adapter):
-    """The paper's phase 3 step by step, for its time alone; the result is not used."""
+    """The same by the paper's steps. Only its time is used."""
     share = Share.load(path)
     pairs = [share.factors("0", task) for task in share.tasks] + [adapter.factors["0"]]
     B_stack = torch.cat([B for B, _ in pairs], dim=1)  # (n, columns of all tasks)
@@ -917,10 +923,10 @@ def check_extras(extras, config, directory):
     """
     heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
     for name in extras:
-        for part in name.split("."):
-            if part.startswith("lora_") and part not in heads:
-                expected = "base_model.model.LAYER.lora_A/B.weight"
-                raise ValueError(f"{directory}: {name!r} is no {expected}")
+        parts = set(name.split(".")) - heads
+        if any(part.startswith("lora_") for part in parts):
+            expected = "base_model.model.LAYER.lora_A/B.weight"
+            raise ValueError(f"{directory}: {name!r} is no {expected}")
 
 
 def peft_scaling(config, layer, r, directory):
