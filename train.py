@@ -8,12 +8,9 @@ layer's weight (n, d), of rank p. The first tasks keep LoRA's rank, each later o
 
     phase 1  Share.from_adapters    the LoRA adapters of the first tasks make the bases and get
                                     coefficients: eps_beta = beta^T B, eps_alpha = alpha^T A^T
-
-    Each later task is learned by one of two:
-
-    phase 2  share.learn            its coefficients are trained; the bases stay
-    phase 3  share.learn, phi > 0   phi temporary columns beside each basis are trained, too; then
-                                    the task's ΔW is merged into the bases
+    phase 2  share.learn            each later task trains its coefficients; with phi > 0 also phi
+                                    temporary columns beside each basis
+    phase 3  share.learn, its end   with phi > 0, the task's ΔW is merged into the bases
 
 Phase 1 stacks columns of the first tasks side by side. An SVD gives their main directions, which
 make a basis: as many as explain a given fraction of the stack's variance. There are two stacks:
@@ -316,7 +313,7 @@ class Experiment:
         return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Phase 2 (phi = 0) or 3 (phi > 0) for task t. Returns how many numbers were trained.
+        """Phase 2 for task t, and with phi > 0 phase 3. Returns how many numbers were trained.
 
         model: the base model with the share attached. In each layer these numbers are trained:
 
@@ -324,14 +321,14 @@ class Experiment:
             phi > 0  eps_beta (kβ + phi, p)  with  B = [beta T_beta] eps_beta
                      T_beta (n, phi)         temporary columns
 
-        and for A likewise eps_alpha, and T_alpha (d, phi). With phi > 0 the task's ΔW = B A is then
-        merged, and the columns go:
+        and for A likewise eps_alpha, and T_alpha (d, phi). The bases stay. With phi > 0, phase 3
+        then merges the task's ΔW = B A, and the temporary columns go:
 
             grow=True   ours: bases get the directions of ΔW that they lack; no earlier ΔW changes
             grow=False  the paper's: new bases of all tasks, as in phase 1; earlier ΔW may change
         """
         s = self.s
-        seed = 100 * s.seed + t  # of the start of the coefficients and temporary columns
+        seed = 100 * s.seed + t  # of the random start; that of the prompts is the same, by chance
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
             # In this block these numbers alone, as parameters of the model, require gradients.
             trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
@@ -434,12 +431,12 @@ def compare(s, everything=False):
     first_adapters = {name: adapters[name] for name in e.names[: s.first]}
     built = Share.from_adapters(first_adapters, variance=s.variance, stack=s.stack)
     lora_matrix = rows["lora_per_task"]["accuracy_matrix"]
-    # Phase 2: coefficients of s.p columns for each later task.
-    share = copy.deepcopy(built)  # phase 3 begins with `built` again
+    # Phase 2, for each later task: coefficients of s.p columns.
+    share = copy.deepcopy(built)  # a copy, as `built` is needed again
     model, rows["share"] = e.learn_tasks("share", share, lora_matrix)
     if not everything:
         return rows
-    # Phase 3, in place of phase 2: a temporary column beside each basis, merged after each task.
+    # Phases 2 and 3, for each later task: with a temporary column beside each basis, then merged.
     share_2 = copy.deepcopy(built)  # the paper's merge:
     _, rows["share_merge"] = e.learn_tasks("share_merge", share_2, lora_matrix, phi=1, grow=False)
     share_3 = copy.deepcopy(built)  # ours:
@@ -564,7 +561,8 @@ def check_features(features):
     """ValueError unless {task: features (N, f)} is as `Router.fit` needs it."""
     if not features:
         raise ValueError("features is empty; it takes {task: features (N, f)}, one or more")
-    width = next(iter(features.values())).shape[-1]
+    first = next(iter(features.values()))
+    width = first.shape[1] if first.dim() == 2 else "f"
     for task, x in features.items():
         if x.dim() != 2 or len(x) < 2 or x.shape[1] != width or not x.isfinite().all():
             what = f"task {task!r}: features {tuple(x.shape)}"
