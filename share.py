@@ -139,23 +139,23 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
 def build_basis(stack, variance=0.6, k=None, *, centre=True):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    by variance, the paper's      the fewest that explain this part of the columns minus their mean;
-                                  ours: and one for the mean
-    by variance, centre=False     ours: the same, but no mean is subtracted
-    by k                          ours: the first k, or fewer; no mean is subtracted
+    By variance, the paper's: of the columns minus their mean, the fewest directions that explain
+    this part; ours: and one for the mean. centre=False, ours: subtract no mean. By k, ours: the
+    first k, or fewer; no mean is subtracted, so that they hold as much of the stack as k can.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_stack(stack, variance, k)
     X = stack.double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    if centre and k is None:  # the paper's
-        # Subtract the mean column, and take the main directions of the rest.
+    if k is not None:  # ours
+        basis = main_directions(X, rounding, k=k)
+    elif not centre:  # ours
+        basis = main_directions(X, rounding, variance)
+    else:  # the paper's: subtract the mean column, and take the main directions of the rest
         mean = X.mean(dim=1, keepdim=True)
         basis = main_directions(X - mean, rounding, variance)
         basis = with_mean(basis, mean, X.shape[1], rounding)  # ours: and the mean's direction
-    else:  # ours
-        basis = main_directions(X, rounding, variance, k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -216,7 +216,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     """
     # 1. Start: coefficients of N(0, sigma²) and, if phi > 0, random temporary columns.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
-    trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; step 3 compares it with start
+    trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; start stays, for step 3
     # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen.
     with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
@@ -266,9 +266,9 @@ def training(share, model, task, trained):
                 linear = attached[layer]
                 follow_weight(linear)  # so that bases and parameters are where the weight is
                 parameters.to(share.bases[layer][0].device)
-                linear.learned = parameters  # so that model.parameters() has them
-            # 3. Have forward use them: Share.factors makes B and A of share.trained.
-            share.trained = trained
+                linear.learned = parameters  # where model.parameters() finds them
+            # 3. Have forward use them.
+            share.trained = trained  # the same objects, where Share.factors finds them
             share.learning = task
             share.selected = task
             yield
@@ -301,8 +301,8 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}. The layers that they have get new bases and coefficients.
 
     Earlier tasks may lose a part, see `retained`.
-    variance: see `build_basis`; None is the share's. k, ours: the new size. Without k no basis gets
-    smaller, unless its tasks span fewer directions, as after `remove`.
+    variance: see `build_basis`; None is the share's. k, ours: the new size, for this merge alone.
+    Without k no basis gets smaller, unless its tasks span fewer directions, as after `remove`.
     grow=True, ours: bases and earlier tasks stay, see `grow_layer`, also for variance and k.
     """
     variance = share.variance if variance is None else variance
@@ -340,39 +340,36 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 # --- Part 2, everything else. Behind merge
 def keep_size(basis, stack, least):
-    """Ours: the basis or, if it has fewer than `least` columns, another one with so many.
+    """Ours: the basis or, if it has fewer than `least` columns, another one of that size.
 
-    In a merge, most of the stack is what the last basis kept. A variance of 0.6 would drop 40 % of
-    that, and at the next merge again: earlier tasks would be forgotten step by step. The other one
-    has the first directions of the stack itself, whose mean is not subtracted, as always with k. In
-    phase 1, least is 0, and nothing happens here.
+    Why: in a merge, most of the stack is what the last basis kept. A variance of 0.6 would drop
+    40 % of that, and at the next merge again: earlier tasks would be forgotten step by step.
+    How: the first `least` directions of the stack itself, as always with k. They need not contain
+    the smaller basis, but no basis of their number holds more of the stack. At 0.6 this happens in
+    nearly every merge.
     """
-    if basis.shape[1] < least:
-        return build_basis(stack, k=least)
-    return basis
+    if basis.shape[1] >= least:  # as always in phase 1, where least is 0
+        return basis
+    return build_basis(stack, k=least)
 
 
 def merge_short(bases, old, new, variance, k, stacking):
-    """merge_layer, but fast: the same result up to signs.
+    """merge_layer, but fast: the same result up to signs and rounding.
 
-    Every column x that merge_layer stacks lies in the span of beta and the new B's, which has few
-    dimensions: q = 40 for kβ = 32 and one new adapter of rank 8, whatever n is. Let Q (n, q) be an
-    orthonormal basis of it. Then x = Q x', with the short x' = Q^T x. As Q keeps inner products,
-    merge_layer finds by the x' the same singular values, sizes and coefficients as by the x. Only
-    the bases come out short, and have to be multiplied by Q. A^T likewise.
+    1. Every column x that merge_layer stacks lies in the span of beta and the new B's. Let Q (n, q)
+       be an orthonormal basis of it: q is 40 for kβ = 32 and one new adapter of rank 8, whatever n.
+    2. So x = Q x', with a short x' = Q^T x. The SVD of a stack of the x is that of the x', with Q U
+       in place of U. So sizes are the same, and coefficients, too: (Q u)^T (Q x') = u^T x'.
+    3. Therefore merge the short columns, and multiply the new bases by Q. A^T likewise.
     """
-    # 1. Find Q for each side.
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
-    # 2. Shorten. The old eps stay as they are: Q^T (beta eps) = (Q^T beta) eps.
-    short_bases = matmul64(Q_beta.T, beta), matmul64(Q_alpha.T, alpha)
-    short_new = {}
-    for task, (B, A_T) in new.items():
-        short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
-    # 3. Merge.
+    Q = Q_beta, Q_alpha
+    # The old eps stay as they are: Q^T (beta eps) = (Q^T beta) eps.
+    short_bases = project(Q, bases)
+    short_new = {task: project(Q, pair) for task, pair in new.items()}
     short, coefficients = merge_layer(short_bases, old, short_new, variance, k, stacking)
-    # 4. Lengthen the new bases.
     short_beta, short_alpha = short
     long_bases = matmul64(Q_beta, short_beta).to(beta), matmul64(Q_alpha, short_alpha).to(alpha)
     return long_bases, coefficients
@@ -592,11 +589,12 @@ class Share:
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]
-                # One by one, beta first as in start_layer: nn.ParameterDict sorts a dict by name,
-                # and the saved state of an optimizer goes by order.
-                start[layer] = nn.ParameterDict()
-                start[layer]["eps_beta"] = eps_beta
-                start[layer]["eps_alpha"] = eps_alpha
+                # One by one, to keep the order of start_layer: an optimizer's saved state goes by
+                # it, and nn.ParameterDict({…}) would sort by name.
+                parameters = nn.ParameterDict()
+                parameters["eps_beta"] = eps_beta
+                parameters["eps_alpha"] = eps_alpha
+                start[layer] = parameters
         if not start:
             raise ValueError(f"task {task!r} has no coefficients to train in any layer")
         return start
@@ -795,8 +793,8 @@ def best_rank(eps, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # A singular value of 1e-8 S[0] is rounding, of float32. But its root is 1e-4 of that of S[0],
-    # which is above ROUNDING: a later merge would take it for a direction. So set it to 0 before.
+    # Drop what is rounding now: 1e-8 of S[0] is, from float32. But its root, 1e-4, would pass the
+    # test of a later merge, against ROUNDING = 1e-6, and look like a direction.
     S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -809,8 +807,9 @@ def with_mean(basis, mean, m, rounding):
     `project` takes the m columns with their mean, which would be lost. All in float64.
     """
     outside = mean - basis @ (basis.T @ mean)
-    # All m columns have this part of the mean. Together that is a norm of √m ‖outside‖.
-    if m**0.5 * outside.norm() <= rounding:
+    # Each of the m columns contains `outside`. A matrix of m copies of it has this norm:
+    norm = m**0.5 * outside.norm()
+    if norm <= rounding:
         return basis
     return torch.cat([basis, outside / outside.norm()], dim=1)
 
@@ -863,9 +862,9 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. With variance 1 their ΔW = B A loses nothing: beta spans its columns
-    #    and alpha its rows, so (beta beta^T B) (A alpha alpha^T) = ΔW. B alone may lose a part, but
-    #    only one that B A does not have: if row i of A is 0, column i of B does not matter.
+    # 3. Project the new tasks. With variance 1, ΔW = B A stays, though B and A may not: beta spans
+    #    the columns of ΔW, so beta beta^T B A = B A. What the projection takes from B is what A
+    #    multiplies by 0. (The same for A.)
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -1049,15 +1048,13 @@ def check_linear(layer, linear, cls, bases):
 
 
 def is_patched(linear, cls):
-    """Whether the layer has a forward of its own that is not just its class's.
+    """Whether the layer's forward is another one than its class's.
 
-    accelerate's offload puts a forward on the layer. When undone, it leaves the class's forward
-    there, bound to the layer. That does no harm, and does not count.
+    vars(linear) has a "forward" only if somebody put it there. While accelerate's offload is on,
+    that is a wrapper: patched. When it is undone, it is cls.forward bound to the layer: harmless.
     """
-    own = vars(linear).get("forward")
-    if own is None:
-        return False
-    return own != types.MethodType(cls.forward, linear)  # equal: the same function and object
+    plain = types.MethodType(cls.forward, linear)  # equal to any that binds the same two
+    return vars(linear).get("forward", plain) != plain
 
 
 def check_unwrapped(model):
@@ -1123,9 +1120,11 @@ def write_whole(path, content):
 #   parallelism and nn.DataParallel do not work at all.
 # - A head that trains along is yours: unfreeze it in the block, copy it for each task, put it back.
 # - To give a learned task extras: reconstruct it, set them, remove it, add it.
-# - BatchNorm in training mode fits the batch's statistics, which are put back. Call eval() on it.
-# - A layer that the loss does not reach is no part of the task, unless something else moves its
-#   parameters, such as weight decay where a gradient is 0, or a cast to half and back.
+# - Call eval() on BatchNorm layers: in training mode a task would adapt to the statistics of each
+#   batch, and afterwards the model has its running statistics of before.
+# - A layer is part of a task if its parameters have moved. Normally the loss has to reach it. But
+#   weight decay, where a gradient is 0 and not None, moves them, too, as does a cast to half and
+#   back.
 # - Learn in one thread at a time. To serve meanwhile, learn on copies, made in one call so that
 #   they stay connected: model2, share2 = copy.deepcopy((model, share)). Then share.add(task,
 #   share2.reconstruct(task)) or, with phi > 0, share.merge({task: …}, variance=1.0, grow=True).
