@@ -27,9 +27,8 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are on:
 - with_mean: phase 1 subtracts the mean column, as the paper does, and then adds its direction.
-- keep_size: a merge by variance makes no basis smaller.
+- least: a merge by variance makes no basis smaller. (To omit these two, delete their lines.)
 - grow_layer: `learn` with phi > 0 ends by adding directions to the bases. grow=False: as the paper.
-The first two have no switch: delete the lines that call them.
 """
 
 import contextlib
@@ -116,8 +115,7 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    variance, k: see `build_basis`. stacking: the paper's "factors", or "updates", ours.
-    least, ours: in a merge, the sizes that beta and alpha keep at least, see `keep_size`.
+    variance, k, least: see `build_basis`. stacking: the paper's "factors", or "updates", ours.
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
     if stacking == "factors":  # the paper's
@@ -127,21 +125,20 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
         Bs, A_Ts = update_stacks(pairs)
     # 2. Take the main directions of each.
     centre = stacking == "factors"  # the mean of ours says nothing, see update_stacks
-    beta = build_basis(Bs, variance, k, centre=centre)
-    alpha = build_basis(A_Ts, variance, k, centre=centre)
-    beta = keep_size(beta, Bs, least[0])  # ours; least is 0 in phase 1, and nothing happens
-    alpha = keep_size(alpha, A_Ts, least[1])
+    beta = build_basis(Bs, variance, k, centre=centre, least=least[0])
+    alpha = build_basis(A_Ts, variance, k, centre=centre, least=least[1])
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project((beta, alpha), pair) for task, pair in pairs.items()}
     return (beta, alpha), coefficients
 
 
-def build_basis(stack, variance=0.6, k=None, *, centre=True):
+def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    By variance, the paper's: of the columns minus their mean, the fewest directions that explain
-    this part; ours: and one for the mean. centre=False, ours: subtract no mean. By k, ours: the
-    first k, or fewer; no mean is subtracted, so that they hold as much of the stack as k can.
+    By variance, the paper's: subtract the mean column, and take the fewest directions that explain
+    this fraction of the rest. Ours: and one for the mean; centre=False: without both. least, ours:
+    if these are fewer, k = least. By k, ours: the first k, or fewer, of the stack itself. No mean
+    is subtracted, so that they hold as much of it as k directions can.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -156,6 +153,8 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
         mean = X.mean(dim=1, keepdim=True)
         basis = main_directions(X - mean, rounding, variance)
         basis = with_mean(basis, mean, X.shape[1], rounding)  # ours: and the mean's direction
+    if basis.shape[1] < least:  # ours, in a merge
+        basis = main_directions(X, rounding, k=least)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -300,9 +299,10 @@ def learned_factors(bases, parameters):
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}. The layers that they have get new bases and coefficients.
 
-    Earlier tasks may lose a part, see `retained`.
-    variance: see `build_basis`; None is the share's. k, ours: the new size, for this merge alone.
-    Without k no basis gets smaller, unless its tasks span fewer directions, as after `remove`.
+    Earlier tasks may lose a part, see `retained`. variance: None is the share's. k, ours: the new
+    size, for this merge. Without it no basis gets smaller (unless its tasks have a lower rank), as
+    most of the stack is what the last basis kept, and 0.6 would drop 40 % of that in each merge. If
+    adapters have little in common, this decides nearly always: then no size changes.
     grow=True, ours: bases and earlier tasks stay, see `grow_layer`, also for variance and k.
     """
     variance = share.variance if variance is None else variance
@@ -333,26 +333,12 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: without a k, no basis gets smaller.
+    # 3. Phase 1 again. Ours: without a k, at least of the old size.
     least = (beta.shape[1], alpha.shape[1]) if k is None else (0, 0)
     return build_layer(pairs, variance, k, stacking, least)
 
 
 # --- Part 2, everything else. Behind merge
-def keep_size(basis, stack, least):
-    """Ours: the basis or, if it has fewer than `least` columns, another one of that size.
-
-    Why: in a merge, most of the stack is what the last basis kept. A variance of 0.6 would drop
-    40 % of that, and at the next merge again: earlier tasks would be forgotten step by step.
-    How: the first `least` directions of the stack itself, as always with k. They need not contain
-    the smaller basis, but no basis of their number holds more of the stack. At 0.6 this happens in
-    nearly every merge.
-    """
-    if basis.shape[1] >= least:  # as always in phase 1, where least is 0
-        return basis
-    return build_basis(stack, k=least)
-
-
 def merge_short(bases, old, new, variance, k, stacking):
     """merge_layer, but fast: the same result up to signs and rounding.
 
@@ -793,8 +779,9 @@ def best_rank(eps, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # Drop what is rounding now: 1e-8 of S[0] is, from float32. But its root, 1e-4, would pass the
-    # test of a later merge, against ROUNDING = 1e-6, and look like a direction.
+    # Singular values that should be 0 are near 1e-8 S[0], as the eps are float32. Set them to 0.
+    # Each side gets their root, 1e-4, which is above ROUNDING: a later merge would take it for a
+    # direction.
     S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -807,9 +794,10 @@ def with_mean(basis, mean, m, rounding):
     `project` takes the m columns with their mean, which would be lost. All in float64.
     """
     outside = mean - basis @ (basis.T @ mean)
-    # Each of the m columns contains `outside`. A matrix of m copies of it has this norm:
-    norm = m**0.5 * outside.norm()
-    if norm <= rounding:
+    # It is the mean of what the m columns have outside of the basis. Without its direction each
+    # would lose it: together a matrix of m copies, whose norm is
+    lost = m**0.5 * outside.norm()
+    if lost <= rounding:
         return basis
     return torch.cat([basis, outside / outside.norm()], dim=1)
 
@@ -836,13 +824,13 @@ def update_stacks(pairs):
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
     norms = [float(US.norm()) for US, _ in updates]  # ‖ΔW‖, which is the norm of V S, too
-    # Below this a norm may be rounding, and is not blown up to 1. (1e-300: all ΔW may be 0.)
-    least = max(ROUNDING * max(norms), 1e-300)
+    # A smaller norm may be rounding, and is not blown up to 1. (1e-300: all ΔW may be 0.)
+    smallest = max(ROUNDING * max(norms), 1e-300)
     all_US = []
     all_VS = []
     for (B, A_T), (US, VS), norm in zip(pairs.values(), updates, norms, strict=True):
-        all_US.append((US / max(norm, least)).to(B.dtype))
-        all_VS.append((VS / max(norm, least)).to(A_T.dtype))
+        all_US.append((US / max(norm, smallest)).to(B.dtype))
+        all_VS.append((VS / max(norm, smallest)).to(A_T.dtype))
     return torch.cat(all_US, dim=1), torch.cat(all_VS, dim=1)
 
 
@@ -862,9 +850,9 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. With variance 1, ΔW = B A stays, though B and A may not: beta spans
-    #    the columns of ΔW, so beta beta^T B A = B A. What the projection takes from B is what A
-    #    multiplies by 0. (The same for A.)
+    # 3. Project the new tasks. With variance 1 no ΔW changes: beta spans its columns and alpha its
+    #    rows, so (beta beta^T B) (A alpha alpha^T) = beta beta^T ΔW alpha alpha^T = ΔW. B by itself
+    #    may change, where its rank is above that of ΔW.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -1053,7 +1041,7 @@ def is_patched(linear, cls):
     vars(linear) has a "forward" only if somebody put it there. While accelerate's offload is on,
     that is a wrapper: patched. When it is undone, it is cls.forward bound to the layer: harmless.
     """
-    plain = types.MethodType(cls.forward, linear)  # equal to any that binds the same two
+    plain = types.MethodType(cls.forward, linear)  # == compares function and object
     return vars(linear).get("forward", plain) != plain
 
 
