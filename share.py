@@ -27,7 +27,7 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are on:
 - with_mean: phase 1 subtracts the mean column, as the paper does, and then adds its direction.
-- least: a merge by variance makes no basis smaller. (To omit these two, delete their lines.)
+- least: a merge by variance makes no basis smaller, unless its tasks have a lower rank.
 - grow_layer: `learn` with phi > 0 ends by adding directions to the bases. grow=False: as the paper.
 """
 
@@ -815,9 +815,9 @@ def update_columns(B, A_T):
 
 
 def update_stacks(pairs):
-    """Ours, for "updates": the tasks' U S side by side, and their V S, each of norm 1.
+    """Ours, for "updates": the tasks' U S side by side, and their V S, each divided by ‖ΔW‖.
 
-    So all tasks weigh the same, whatever the size of their ΔW.
+    So all tasks weigh the same, whatever the size of their ΔW, down to ROUNDING.
 
     No mean is subtracted: singular vectors have arbitrary signs, and so their mean says nothing.
     (Factors have such signs, too: -B and -A are the same adapter, but have another mean.)
@@ -1023,7 +1023,7 @@ def check_linear(layer, linear, cls, bases):
     weight = linear._parameters.get("weight")
     shape = tuple(len(basis) for basis in bases)
     if type(linear) is not cls or weight is None:
-        reason = f"it takes {cls.__name__} itself, and no weight that is computed, as by pruning"
+        reason = f"it takes {cls.__name__} itself, with no pruning or the like on its weight"
     elif is_patched(linear, cls):
         reason = "its forward is patched; attach first and offload afterwards; undo it to detach"
     elif weight.is_meta:

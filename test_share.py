@@ -781,8 +781,8 @@ def with_weight(linear, weight):
 
 @cases(
     "change, calls, words",  # of a layer; the calls that refuse it
-    (parametrizations.weight_norm, EVERY, "no weight that is computed"),
-    (lambda x: prune.identity(x, "weight"), EVERY, "no weight that is computed"),
+    (parametrizations.weight_norm, EVERY, "with no pruning or the like"),
+    (lambda x: prune.identity(x, "weight"), EVERY, "with no pruning or the like"),
     (patched, EVERY, "its forward is patched.*attach first and offload"),
     (lambda x: patched(x.to("meta")), EVERY, "its forward is patched"),  # offloaded
     (forward_of_another, EVERY, "its forward is patched"),
@@ -1441,6 +1441,16 @@ def test_a_lora_layer_starts_as_the_base_and_trains_its_factors():
     assert torch.allclose(model.first(x), h, atol=1e-4)
 
 
+@cases(
+    "targets, found", (["q"], {"q", "b.q"}), (["b.q"], {"b.q"}), (["eq", "q"], {"q", "eq", "b.q"})
+)
+def test_targets_are_whole_last_parts_of_names(targets, found):
+    layers = {name: nn.Linear(2, 2) for name in ("q", "eq", "q_")}
+    model = nn.ModuleDict(layers | {"b": nn.ModuleDict({"q": nn.Linear(2, 2)})})
+    attach_lora(model, iter(targets))
+    assert lora_adapter(model).factors.keys() == found
+
+
 def peft_directory(path, changes=(), extras=(), dtype=torch.float32, r=4):
     """A directory as PEFT writes it, with changes to its config; its factors as stored."""
     factors = make_adapters("a", (r,), LAYERS, torch.float32)["a"].factors
@@ -1691,18 +1701,34 @@ def test_a_router_is_as_its_docstring_says(apart):
     assert router.route(torch.stack([x.mean(0) for x in samples])) == ["c", "a", "b"]
     assert router.radius == pytest.approx(max(own, (own + others) / 2).item())
     r = samples[0][0] - samples[1][0]
-    assert float(train.mahalanobis(r, router.inverse)) == pytest.approx(float(distance(r)))
+    assert float((r @ router.scale).norm()) == pytest.approx(float(distance(r)))
+
+
+def test_a_router_is_exact_far_from_the_origin():
+    samples = {"a": 1e9 + randn(99, 3), "b": 1e9 + 30 + randn(99, 3)}
+    router = Router.fit(samples)
+    assert router.radius < 50
+    for task, x in samples.items():
+        assert router.route(x) == [task] * 99
+
+
+def test_a_feature_that_hardly_varies_decides_nothing():
+    x = randn(50, 2) * torch.tensor([1.0, 1e-9])
+    router = Router.fit({"a": x})
+    assert router.route(x + torch.tensor([0.0, 1e-7])) == router.route(x)
 
 
 def test_the_average_is_the_best_fit_to_the_mean_of_the_updates():
     adapters = make_adapters("abc")
     del adapters["b"].factors["second"]
     share = Share.from_adapters(adapters, variance=1.0)
-    average(share, "abc", "all")
+    average(share, "abcabc", "all")  # each counts twice
     average(share, ["a", "c"], "two", p=2)
     for layer, tasks in (("first", "abc"), ("second", "ac")):
         mean = sum(adapters[t].delta(layer) for t in tasks) / 3  # a task without a layer adds 0
         assert relative(share.reconstruct("all").delta(layer), mean) < 1e-6
+    width = share.coefficients["first"]["all"][0].shape[1]
+    assert width <= max(sizes(share))  # not the columns of all tasks together
     mean = (adapters["a"].delta("first") + adapters["c"].delta("first")) / 2
     assert relative(share.reconstruct("two").delta("first"), best(mean, 2)) < 1e-6
 

@@ -514,12 +514,12 @@ def print_table(runs, first):
 class Router:
     """Picks the task: the nearest class mean, or the base (None) when none is near (radius).
 
-    Distances are Mahalanobis', see `mahalanobis`.
+    Distances are Mahalanobis': features (N, f) times scale (f, f), see `whitening`, are compared.
     """
 
     tasks: list[str]
-    means: Tensor  # (t, f)
-    inverse: Tensor  # (f, f), see `inverse_covariance`
+    means: Tensor  # (t, f), scaled
+    scale: Tensor
     radius: float
 
     @classmethod
@@ -535,24 +535,24 @@ class Router:
         """
         check_features(features)
         samples = [x.double() for x in features.values()]
-        means = torch.stack([x.mean(0) for x in samples])
         residuals = torch.cat([leave_one_out_residuals(x) for x in samples])
-        inverse = inverse_covariance(residuals)
-        own = torch.quantile(mahalanobis(residuals, inverse), 0.98)
+        scale = whitening(residuals)
+        samples = [x @ scale for x in samples]
+        means = torch.stack([x.mean(0) for x in samples])
+        own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
         radius = own
         if len(samples) > 1:
-            other = torch.quantile(distances_to_others(samples, means, inverse), 0.02)
+            other = torch.quantile(distances_to_others(samples, means), 0.02)
             if other > own:
                 radius = (own + other) / 2
-        return cls(list(features), means, inverse, float(radius))
+        return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
         """features (N, f) -> for each sample its task or None, as `Share.select` takes them."""
-        if features.dim() != 2 or features.shape[1] != len(self.inverse):
-            raise ValueError(f"features {tuple(features.shape)} are not (N, {len(self.inverse)})")
-        features = features.to(self.means)  # its dtype and device
-        differences = features[:, None] - self.means  # (N, t, f)
-        distances, nearest = mahalanobis(differences, self.inverse).min(dim=1)
+        if features.dim() != 2 or features.shape[1] != len(self.scale):
+            raise ValueError(f"features {tuple(features.shape)} are not (N, {len(self.scale)})")
+        scaled = features.to(self.scale) @ self.scale
+        distances, nearest = distances_between(scaled, self.means).min(dim=1)
         pairs = zip(distances.tolist(), nearest.tolist(), strict=True)
         return [self.tasks[i] if distance <= self.radius else None for distance, i in pairs]
 
@@ -569,23 +569,19 @@ def check_features(features):
             raise ValueError(f"{what}; it takes finite ones, (N, {width}) with N from 2 on")
 
 
-def mahalanobis(differences, inverse):
-    """The lengths (…) of differences (…, f), each √(x C^-1 x^T), with the inverse C^-1 (f, f)."""
-    return ((differences @ inverse) * differences).sum(-1).sqrt()
+def whitening(residuals):
+    """A matrix M (f, f) with which ‖r M‖ is the Mahalanobis distance √(r C^-1 r^T), for rows r.
 
-
-def inverse_covariance(residuals):
-    """The inverse (f, f) of the shrunk covariance of residuals (N, f), which add up to 0.
-
-    Shrunk: what is off the diagonal is multiplied by 0.9, the diagonal stays. By few samples alone,
-    some directions would seem to have almost no variance.
+    C is the covariance of residuals (N, f), which add up to 0, but shrunk: what is off the diagonal
+    is multiplied by 0.9, the diagonal stays. By few samples alone, some directions would seem to
+    have almost no variance.
     """
     covariance = residuals.T @ residuals / len(residuals)
     variances = covariance.diagonal()
-    shrunk = 0.9 * covariance + 0.1 * variances.diag()
-    least = 1e-7 * variances.max() + 1e-30  # so that there is an inverse if a feature is constant
-    shrunk.diagonal().add_(least)
-    return torch.linalg.inv(shrunk)
+    C = 0.9 * covariance + 0.1 * variances.diag()
+    least = 1e-7 * variances.max() + 1e-30  # so that C has an inverse if a feature is constant
+    C.diagonal().add_(least)
+    return torch.linalg.cholesky(torch.linalg.inv(C))  # C^-1 = M M^T, so r C^-1 r^T = ‖r M‖²
 
 
 def leave_one_out_residuals(x):
@@ -594,14 +590,19 @@ def leave_one_out_residuals(x):
     return x - means_of_others
 
 
-def distances_to_others(samples, means, inverse):
+def distances_to_others(samples, means):
     """For each sample of each task the distance to the nearest mean of another task."""
     nearest = []
     for i, x in enumerate(samples):
         others = torch.cat([means[:i], means[i + 1 :]])  # (t - 1, f)
-        distances = mahalanobis(x[:, None] - others, inverse)  # (N, t - 1)
-        nearest.append(distances.min(dim=1).values)
+        nearest.append(distances_between(x, others).min(dim=1).values)
     return torch.cat(nearest)
+
+
+def distances_between(x, means):
+    """The distances (N, t) of rows x (N, f) to means (t, f)."""
+    # By default, from 26 rows on, cdist multiplies matrices, which is inexact far from the origin.
+    return torch.cdist(x, means, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def average(share, tasks, name, p=None):
@@ -621,7 +622,8 @@ def average(share, tasks, name, p=None):
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
     if p is None:  # the largest k: in the bases no rank is above it, so that it cuts nothing
-        p = max([basis.shape[1] for bases in share.bases.values() for basis in bases])
+        sizes = [basis.shape[1] for bases in share.bases.values() for basis in bases]
+        p = max([1] + sizes)  # 1, if all are empty
     share.add(name, Adapter(factors), p)
 
 
@@ -687,7 +689,7 @@ def share_routed(e, share, model):
         return accuracy(model, batch)
 
     of_tasks = [routed_accuracy(test) for test in e.tests]
-    stored = num_parameters(share) + router.means.numel() + router.inverse.numel()
+    stored = num_parameters(share) + router.means.numel() + router.scale.numel()
     row = row_of_accuracies(of_tasks, stored)
     row["base_kept"] = routed_accuracy(e.clear_test) / accuracy(e.base, e.clear_test)
     return row
@@ -860,7 +862,7 @@ PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Options that `save_peft` leaves out:
 PEFT_DROPPED = ["eva_config", "corda_config", "loftq_config"]  # of the start of training
 PEFT_DROPPED += ["rank_pattern", "alpha_pattern"]  # all layers get one rank, and scaling 1
-PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]  # of a list of targets
+PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]  # beside a pattern
 PEFT_NAME = r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>A|B)(?:\.default)?\.weight"
 
 
@@ -944,8 +946,9 @@ def save_peft(adapter, directory):
     """Write an Adapter for PEFT. Every layer gets the largest rank r, padded with zeros.
 
     Its config is kept, but for PEFT_DROPPED and for
-        r, lora_alpha   both r, so that PEFT's scaling is 1: B has the true one already
-        target_modules  a pattern that names the layers; PEFT compares it with whole names
+        r, lora_alpha, use_rslora  such that PEFT's scaling is 1: B has the true one already
+        init_lora_weights          True: the start of training does not matter any more
+        target_modules             a pattern of the layers; PEFT compares it with whole names
 
     ValueError if the adapter is malformed or JSON cannot hold its config; then nothing is written.
     """
