@@ -87,7 +87,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # In full precision under autocast, too, so that B and A are the same wherever they are used.
+    # Under autocast, too, in full precision. Otherwise B and A would differ from reconstruct's.
     with torch.autocast(beta.device.type, enabled=False):
         return beta @ eps_beta, (alpha @ eps_alpha).T
 
@@ -135,10 +135,12 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
 def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
-    By variance, the paper's: subtract the mean column, and take the fewest directions that explain
-    this fraction of the rest. Ours: and one for the mean; centre=False: without both. least, ours:
-    if these are fewer, k = least. By k, ours: the first k, or fewer, of the stack itself. No mean
-    is subtracted, so that they hold as much of it as k directions can.
+    The paper: subtract the mean column, and take the fewest directions that explain the fraction
+    `variance` of the rest. Ours:
+    - add the direction of the mean, see `with_mean`;
+    - centre=False: subtract no mean, and add none;
+    - k, in place of variance: take the first k directions, or fewer; no mean is subtracted;
+    - least: if there are fewer directions by variance, start again with k = least.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -153,7 +155,7 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
         mean = X.mean(dim=1, keepdim=True)
         basis = main_directions(X - mean, rounding, variance)
         basis = with_mean(basis, mean, X.shape[1], rounding)  # ours: and the mean's direction
-    if basis.shape[1] < least:  # ours, in a merge
+    if basis.shape[1] < least:  # ours, in a merge: start again
         basis = main_directions(X, rounding, k=least)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
@@ -211,9 +213,10 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     phi: temporary columns beside each basis: 0, or less than the largest k.
     grow: how, with phi > 0, the task is merged afterwards. False: by the paper's phase 3, which may
     lose much of it, see `retained`. True (ours): by adding directions, p at most, without loss.
-    finetune (ours): train a task that exists on. Its p stays, and phi has to be 0.
+    finetune (ours): go on training a task that exists. Its p stays, and phi has to be 0.
     """
-    # 1. Start: coefficients of N(0, sigma²) and, if phi > 0, random temporary columns.
+    # 1. Start: a new task with random coefficients and, if phi > 0, temporary columns, all by
+    #    start_layer; with finetune, ours, a task that exists with the coefficients that it has.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; start stays, for step 3
     # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen.
@@ -250,36 +253,6 @@ def start_layer(bases, p, phi, sigma, generator):
     return parameters
 
 
-@contextlib.contextmanager
-def training(share, model, task, trained):
-    """For a block, the task is selected and its {layer: nn.ParameterDict} alone can train."""
-    share._check_idle()
-    check_unwrapped(model)
-    attached = share._attached(model, needed=trained)
-    selected = share.selected
-    # 1. Freeze all that the model has now.
-    with frozen(model):
-        try:
-            # 2. Add the parameters, which can train.
-            for layer, parameters in trained.items():
-                linear = attached[layer]
-                follow_weight(linear)  # so that bases and parameters are where the weight is
-                parameters.to(share.bases[layer][0].device)
-                linear.learned = parameters  # where model.parameters() finds them
-            # 3. Have forward use them.
-            share.trained = trained  # the same objects, where Share.factors finds them
-            share.learning = task
-            share.selected = task
-            yield
-        finally:
-            # 4. Undo 3 and 2, and then `frozen` undoes 1.
-            share.selected = selected
-            share.learning = None
-            share.trained = {}
-            for layer in trained:
-                attached[layer]._modules.pop("learned", None)  # if 2 has failed, it is not there
-
-
 def learned_factors(bases, parameters):
     """LoRA's B = [beta, columns_beta] eps_beta of a task that is being learned, and A likewise.
 
@@ -299,11 +272,12 @@ def learned_factors(bases, parameters):
 def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}. The layers that they have get new bases and coefficients.
 
-    Earlier tasks may lose a part, see `retained`. variance: None is the share's. k, ours: the new
-    size, for this merge. Without it no basis gets smaller (unless its tasks have a lower rank), as
-    most of the stack is what the last basis kept, and 0.6 would drop 40 % of that in each merge. If
-    adapters have little in common, this decides nearly always: then no size changes.
-    grow=True, ours: bases and earlier tasks stay, see `grow_layer`, also for variance and k.
+    Earlier tasks may lose a part, see `retained`.
+    variance: as in phase 1; None is the share's. k, ours: the size of the new bases, in its place.
+    Ours, without k: no basis gets smaller, unless its tasks have a lower rank. For most of the
+    stack lies in the old basis, and 0.6 would drop 40 % of that, merge by merge. Mostly there are
+    fewer directions by variance; then the basis keeps its size, see `build_basis`, least.
+    grow=True, ours: bases and earlier tasks stay, and directions are added, see `grow_layer`.
     """
     variance = share.variance if variance is None else variance
     check_numbers(variance, k=k)
@@ -344,8 +318,9 @@ def merge_short(bases, old, new, variance, k, stacking):
 
     1. Every column x that merge_layer stacks lies in the span of beta and the new B's. Let Q (n, q)
        be an orthonormal basis of it: q is 40 for kβ = 32 and one new adapter of rank 8, whatever n.
-    2. So x = Q x', with a short x' = Q^T x. The SVD of a stack of the x is that of the x', with Q U
-       in place of U. So sizes are the same, and coefficients, too: (Q u)^T (Q x') = u^T x'.
+    2. So x = Q x', with the short x' = Q^T x. Q keeps lengths and angles. So all that phase 1 does
+       (mean, norms, SVD) is the same with the x', only that a direction u' stands for Q u'.
+       Coefficients do not change: (Q u')^T x = u'^T x'.
     3. Therefore merge the short columns, and multiply the new bases by Q. A^T likewise.
     """
     beta, alpha = bases
@@ -575,12 +550,10 @@ class Share:
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]
-                # One by one, to keep the order of start_layer: an optimizer's saved state goes by
-                # it, and nn.ParameterDict({…}) would sort by name.
-                parameters = nn.ParameterDict()
-                parameters["eps_beta"] = eps_beta
-                parameters["eps_alpha"] = eps_alpha
-                start[layer] = parameters
+                # Pairs, as nn.ParameterDict would sort a dict by name: an optimizer's saved state
+                # goes by the order of start_layer.
+                pairs = [("eps_beta", eps_beta), ("eps_alpha", eps_alpha)]
+                start[layer] = nn.ParameterDict(pairs)
         if not start:
             raise ValueError(f"task {task!r} has no coefficients to train in any layer")
         return start
@@ -764,7 +737,7 @@ def left_svd(X):
 
 
 def best_rank(eps, p):
-    """Coefficients with at most p columns, with the least change of ΔW.
+    """Ours: coefficients cut to at most p columns, with the least change of ΔW.
 
     ΔW = beta (eps_beta eps_alpha^T) alpha^T. As the bases are orthonormal, the truncated SVD of
     the middle is best (Eckart and Young). Each side gets the root of its singular values.
@@ -779,9 +752,8 @@ def best_rank(eps, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # Singular values that should be 0 are near 1e-8 S[0], as the eps are float32. Set them to 0.
-    # Each side gets their root, 1e-4, which is above ROUNDING: a later merge would take it for a
-    # direction.
+    # The eps are float32, so that singular values that should be 0 are near 1e-8 S[0]. Set them to
+    # 0: each side gets the root, 1e-4, and a later merge would take that for a direction.
     S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -794,10 +766,8 @@ def with_mean(basis, mean, m, rounding):
     `project` takes the m columns with their mean, which would be lost. All in float64.
     """
     outside = mean - basis @ (basis.T @ mean)
-    # It is the mean of what the m columns have outside of the basis. Without its direction each
-    # would lose it: together a matrix of m copies, whose norm is
-    lost = m**0.5 * outside.norm()
-    if lost <= rounding:
+    # Each of the m columns would lose this vector. The norm of m copies of it is √m ‖outside‖.
+    if m**0.5 * outside.norm() <= rounding:
         return basis
     return torch.cat([basis, outside / outside.norm()], dim=1)
 
@@ -824,13 +794,13 @@ def update_stacks(pairs):
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
     norms = [float(US.norm()) for US, _ in updates]  # ‖ΔW‖, which is the norm of V S, too
-    # A smaller norm may be rounding, and is not blown up to 1. (1e-300: all ΔW may be 0.)
-    smallest = max(ROUNDING * max(norms), 1e-300)
+    # Not divided by less than this, which may be rounding. (1e-300: all ΔW may be 0.)
+    floor = max(ROUNDING * max(norms), 1e-300)
     all_US = []
     all_VS = []
     for (B, A_T), (US, VS), norm in zip(pairs.values(), updates, norms, strict=True):
-        all_US.append((US / max(norm, smallest)).to(B.dtype))
-        all_VS.append((VS / max(norm, smallest)).to(A_T.dtype))
+        all_US.append((US / max(norm, floor)).to(B.dtype))
+        all_VS.append((VS / max(norm, floor)).to(A_T.dtype))
     return torch.cat(all_US, dim=1), torch.cat(all_VS, dim=1)
 
 
@@ -851,8 +821,8 @@ def grow_layer(bases, old, new, variance, k):
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
     # 3. Project the new tasks. With variance 1 no ΔW changes: beta spans its columns and alpha its
-    #    rows, so (beta beta^T B) (A alpha alpha^T) = beta beta^T ΔW alpha alpha^T = ΔW. B by itself
-    #    may change, where its rank is above that of ΔW.
+    #    rows, so (beta beta^T B) (A alpha alpha^T) = beta beta^T ΔW alpha alpha^T = ΔW. B alone may
+    #    change: a column of B that A does not use is in no ΔW.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -875,8 +845,10 @@ def grow_basis(basis, columns, variance, k):
     outside = X - b @ (b.T @ X)
     outside = outside - b @ (b.T @ outside)
     rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
-    room = None if k is None else max(0, k - basis.shape[1])
-    added = main_directions(outside, rounding, variance, room)
+    if k is None:
+        added = main_directions(outside, rounding, variance)
+    else:
+        added = main_directions(outside, rounding, k=max(0, k - basis.shape[1]))
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
 
@@ -901,6 +873,40 @@ def mixed_batch(share, layer, tasks, x):
 
 
 # --- Behind attach and learn
+@contextlib.contextmanager
+def training(share, model, task, trained):
+    """For a block, the task is selected and its {layer: nn.ParameterDict} alone can train.
+
+    The same parameters are in two places: linear.learned, where model.parameters() finds them, and
+    share.trained, where forward does, by `Share.factors`.
+    """
+    share._check_idle()
+    check_unwrapped(model)
+    attached = share._attached(model, needed=trained)
+    selected = share.selected
+    # 1. Freeze all that the model has now.
+    with frozen(model):
+        try:
+            # 2. Add the parameters, which can train.
+            for layer, parameters in trained.items():
+                linear = attached[layer]
+                follow_weight(linear)  # so that bases and parameters are where the weight is
+                parameters.to(share.bases[layer][0].device)
+                linear.learned = parameters
+            # 3. Have forward use them.
+            share.trained = trained
+            share.learning = task
+            share.selected = task
+            yield
+        finally:
+            # 4. Undo 3 and 2, and then `frozen` undoes 1.
+            share.selected = selected
+            share.learning = None
+            share.trained = {}
+            for layer in trained:
+                attached[layer]._modules.pop("learned", None)  # if 2 has failed, it is not there
+
+
 def moved_layers(task, start, trained):
     """{layer: {name: tensor}} of the layers in which a parameter has another value now."""
     moved = {}
@@ -1036,13 +1042,13 @@ def check_linear(layer, linear, cls, bases):
 
 
 def is_patched(linear, cls):
-    """Whether the layer's forward is another one than its class's.
+    """Whether somebody has put another forward on the layer than its class has.
 
-    vars(linear) has a "forward" only if somebody put it there. While accelerate's offload is on,
-    that is a wrapper: patched. When it is undone, it is cls.forward bound to the layer: harmless.
+    accelerate's offload puts a wrapper there: patched. Undone, it leaves the class's forward, bound
+    to the layer: harmless. Bound methods are equal if function and object are.
     """
-    plain = types.MethodType(cls.forward, linear)  # == compares function and object
-    return vars(linear).get("forward", plain) != plain
+    own = vars(linear).get("forward")
+    return own is not None and own != types.MethodType(cls.forward, linear)
 
 
 def check_unwrapped(model):
