@@ -16,12 +16,12 @@ Phase 1 stacks columns of the first tasks side by side. An SVD gives their main 
 make a basis: as many as explain a given fraction of the stack's variance. There are two stacks:
 
     stack="factors"  the paper's  beta from [B1 B2 …], alpha from [A1^T A2^T …], after the mean
-                                  column is subtracted. (share.py then adds the mean's direction.)
+                                  column is subtracted; ours: then the mean's direction is added
     stack="updates"  ours         beta from [ΔW1 ΔW2 …], alpha from [ΔW1^T ΔW2^T …], each ΔW
                                   divided by its (Frobenius) norm. No mean is subtracted.
 
 Why ours: for any invertible M, B M and M^-1 A give the same ΔW as B and A, but other bases if these
-are made of "factors". So the experiment has "updates". It is `compare`.
+are made of "factors". So the experiment, `compare`, has "updates".
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -180,25 +180,28 @@ class LoRALinear(nn.Linear):
     """h = W0 x + B A x with W0 frozen (Hu et al. 2021), no scaling; `add_lora` makes A and B."""
 
     def forward(self, input):
-        h = super().forward(input)
-        x = input.to(self.lora_A.dtype)
-        return (h + F.linear(F.linear(x, self.lora_A), self.lora_B)).to(h.dtype)
+        h = super().forward(input)  # W0 x, plus the layer's bias
+        x = input.to(self.lora_A.dtype)  # float32 even if W0 is in half
+        BAx = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return (h + BAx).to(h.dtype)
 
 
 def attach_lora(model, targets, r=8):
     """Make LoRALinear of the nn.Linear's whose names end in `targets`; freezes, returns `model`."""
-    targets = list(targets)
     if type(r) is not int or r < 1:
         raise ValueError(f"r is {r!r}; it takes an integer, 1 or more")
-    if not targets:
-        raise ValueError("targets is empty, and so ends the name of no nn.Linear")
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    chosen = set()
     for target in targets:
-        if not any(ends_in(name, target) for name in linears):
+        found = [name for name in linears if ends_in(name, target)]
+        if not found:
             raise ValueError(f"target {target!r} ends the name of no nn.Linear in the model")
+        chosen.update(found)
+    if not chosen:
+        raise ValueError("targets is empty, and so ends the name of no nn.Linear")
     model.requires_grad_(False)
-    for name, linear in linears.items():
-        if any(ends_in(name, target) for target in targets):
+    for name, linear in linears.items():  # in the model's order, as each takes random numbers
+        if name in chosen:
             add_lora(linear, r)
     return model
 
@@ -325,10 +328,11 @@ class Experiment:
         then merges the task's ΔW = B A, and the temporary columns go:
 
             grow=True   ours: bases get the directions of ΔW that they lack; no earlier ΔW changes
-            grow=False  the paper's: new bases of all tasks, as in phase 1; earlier ΔW may change
+            grow=False  the paper's: new bases of all tasks, as in phase 1, but (ours) no smaller
+                        than before; earlier ΔW may change
         """
         s = self.s
-        seed = 100 * s.seed + t  # of the random start; that of the prompts is the same, by chance
+        seed = 100 * s.seed + t  # of the random start
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
             # In this block these numbers alone, as parameters of the model, require gradients.
             trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
@@ -436,11 +440,12 @@ def compare(s, everything=False):
     model, rows["share"] = e.learn_tasks("share", share, lora_matrix)
     if not everything:
         return rows
-    # Phases 2 and 3, for each later task: with a temporary column beside each basis, then merged.
-    share_2 = copy.deepcopy(built)  # the paper's merge:
-    _, rows["share_merge"] = e.learn_tasks("share_merge", share_2, lora_matrix, phi=1, grow=False)
-    share_3 = copy.deepcopy(built)  # ours:
-    _, rows["share_grow"] = e.learn_tasks("share_grow", share_3, lora_matrix, phi=1, grow=True)
+    # Phases 2 and 3, for each later task: with a temporary column beside each basis, then merged,
+    # first in the paper's way, then in ours.
+    merging = copy.deepcopy(built)
+    _, rows["share_merge"] = e.learn_tasks("share_merge", merging, lora_matrix, phi=1, grow=False)
+    growing = copy.deepcopy(built)
+    _, rows["share_grow"] = e.learn_tasks("share_grow", growing, lora_matrix, phi=1, grow=True)
     # Here the method ends.
     return rows | other_rows(e, built, share, model)
 
@@ -543,8 +548,7 @@ class Router:
         radius = own
         if len(samples) > 1:
             other = torch.quantile(distances_to_others(samples, means), 0.02)
-            if other > own:
-                radius = (own + other) / 2
+            radius = torch.maximum(own, (own + other) / 2)
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -562,11 +566,11 @@ def check_features(features):
     if not features:
         raise ValueError("features is empty; it takes {task: features (N, f)}, one or more")
     first = next(iter(features.values()))
-    width = first.shape[1] if first.dim() == 2 else "f"
     for task, x in features.items():
-        if x.dim() != 2 or len(x) < 2 or x.shape[1] != width or not x.isfinite().all():
+        same_width = x.shape[1:] == first.shape[1:]
+        if x.dim() != 2 or len(x) < 2 or not same_width or not x.isfinite().all():
             what = f"task {task!r}: features {tuple(x.shape)}"
-            raise ValueError(f"{what}; it takes finite ones, (N, {width}) with N from 2 on")
+            raise ValueError(f"{what}; it takes finite (N, f), N from 2 on, f equal for all tasks")
 
 
 def whitening(residuals):
