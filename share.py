@@ -27,7 +27,7 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are on:
 - with_mean: phase 1 subtracts the mean column, as the paper does, and then adds its direction.
-- least: a merge by variance makes no basis smaller, unless its tasks have a lower rank.
+- keep_size: a merge by variance makes no basis smaller, unless its tasks have a lower rank.
 - grow_layer: `learn` with phi > 0 ends by adding directions to the bases. grow=False: as the paper.
 """
 
@@ -115,7 +115,8 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     """Phase 1 for one layer: its (beta, alpha), and {task: (eps_beta, eps_alpha)}.
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
-    variance, k, least: see `build_basis`. stacking: the paper's "factors", or "updates", ours.
+    variance, k: see `build_basis`. stacking: the paper's "factors", or "updates", ours.
+    least, ours: in a merge, the sizes that beta and alpha keep at least, see `keep_size`.
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
     if stacking == "factors":  # the paper's
@@ -125,22 +126,24 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
         Bs, A_Ts = update_stacks(pairs)
     # 2. Take the main directions of each.
     centre = stacking == "factors"  # the mean of ours says nothing, see update_stacks
-    beta = build_basis(Bs, variance, k, centre=centre, least=least[0])
-    alpha = build_basis(A_Ts, variance, k, centre=centre, least=least[1])
+    beta = build_basis(Bs, variance, k, centre=centre)
+    alpha = build_basis(A_Ts, variance, k, centre=centre)
+    beta = keep_size(beta, Bs, least[0])  # ours; least is 0 in phase 1, and nothing happens
+    alpha = keep_size(alpha, A_Ts, least[1])
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project((beta, alpha), pair) for task, pair in pairs.items()}
     return (beta, alpha), coefficients
 
 
-def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
+def build_basis(stack, variance=0.6, k=None, *, centre=True):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
     The paper: subtract the mean column, and take the fewest directions that explain the fraction
     `variance` of the rest. Ours:
     - add the direction of the mean, see `with_mean`;
     - centre=False: subtract no mean, and add none;
-    - k, in place of variance: take the first k directions, or fewer; no mean is subtracted;
-    - least: if there are fewer directions by variance, start again with k = least.
+    - k, in place of variance: take the first k directions, or fewer. No mean is subtracted, so that
+      they hold as much of the stack as k directions can.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -154,9 +157,7 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
     else:  # the paper's: subtract the mean column, and take the main directions of the rest
         mean = X.mean(dim=1, keepdim=True)
         basis = main_directions(X - mean, rounding, variance)
-        basis = with_mean(basis, mean, X.shape[1], rounding)  # ours: and the mean's direction
-    if basis.shape[1] < least:  # ours, in a merge: start again
-        basis = main_directions(X, rounding, k=least)
+        basis = with_mean(basis, mean, X.shape[1], rounding)  # ours
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -273,11 +274,9 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}. The layers that they have get new bases and coefficients.
 
     Earlier tasks may lose a part, see `retained`.
-    variance: as in phase 1; None is the share's. k, ours: the size of the new bases, in its place.
-    Ours, without k: no basis gets smaller, unless its tasks have a lower rank. For most of the
-    stack lies in the old basis, and 0.6 would drop 40 % of that, merge by merge. Mostly there are
-    fewer directions by variance; then the basis keeps its size, see `build_basis`, least.
-    grow=True, ours: bases and earlier tasks stay, and directions are added, see `grow_layer`.
+    variance: see `build_basis`; None is the share's. k, ours: the new size, for this merge alone.
+    Without k no basis gets smaller, unless its tasks span fewer directions, as after `remove`.
+    grow=True, ours: bases and earlier tasks stay, see `grow_layer`, also for variance and k.
     """
     variance = share.variance if variance is None else variance
     check_numbers(variance, k=k)
@@ -307,12 +306,26 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: without a k, at least of the old size.
+    # 3. Phase 1 again. Ours: without a k, no basis gets smaller.
     least = (beta.shape[1], alpha.shape[1]) if k is None else (0, 0)
     return build_layer(pairs, variance, k, stacking, least)
 
 
 # --- Part 2, everything else. Behind merge
+def keep_size(basis, stack, least):
+    """Ours: the basis or, if it has fewer than `least` columns, another one of that size.
+
+    Why: in a merge, most of the stack lies in the old basis, and a variance of 0.6 would drop 40 %
+    of that, merge by merge: earlier tasks would be forgotten step by step.
+    How: the first `least` directions of the stack itself, as always with k. They need not contain
+    the smaller basis, but no basis of their number holds more of the stack. At 0.6, if adapters
+    have few directions in common, that is nearly every merge.
+    """
+    if basis.shape[1] >= least:  # as always in phase 1, where least is 0
+        return basis
+    return build_basis(stack, k=least)
+
+
 def merge_short(bases, old, new, variance, k, stacking):
     """merge_layer, but fast: the same result up to signs and rounding.
 
