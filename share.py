@@ -28,7 +28,7 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are on:
 - with_mean: phase 1 subtracts the mean column, as the paper does, and then adds its direction.
 - keep_size: a merge by variance makes no basis smaller, unless its tasks have a lower rank.
-- grow_layer: `learn` with phi > 0 ends by adding directions to the bases. grow=False: as the paper.
+- grow_layer: `learn` with phi > 0 ends by adding directions; with grow=False by phase 3.
 """
 
 import contextlib
@@ -300,10 +300,12 @@ def merge_layer(bases, old, new, variance, k, stacking):
     old: {task: (eps_beta, eps_alpha)} in the bases. new: {task: (B, A^T)}.
     """
     beta, alpha = bases
-    # 1. Rebuild the factors of the old tasks.
+    # 1. Rebuild the factors of the old tasks, in float64: rounding could look like a direction.
     pairs = {}
     for task, (eps_beta, eps_alpha) in old.items():
-        pairs[task] = matmul64(beta, eps_beta), matmul64(alpha, eps_alpha)
+        B = beta.double() @ eps_beta.double()
+        A_T = alpha.double() @ eps_alpha.double()
+        pairs[task] = B, A_T
     # 2. Put the new ones beside them.
     pairs.update(new)
     # 3. Phase 1 again. Ours: without a k, no basis gets smaller.
@@ -563,8 +565,8 @@ class Share:
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]
-                # Pairs, as nn.ParameterDict would sort a dict by name: an optimizer's saved state
-                # goes by the order of start_layer.
+                # A list keeps the order of start_layer, by which an optimizer's saved state goes; a
+                # dict would be sorted. The memory is the share's: `learn` trains a copy.
                 pairs = [("eps_beta", eps_beta), ("eps_alpha", eps_alpha)]
                 start[layer] = nn.ParameterDict(pairs)
         if not start:

@@ -205,6 +205,19 @@ def test_a_merge_is_phase_1_of_rebuilt_and_new_adapters(stack, rule):
     assert error(share, {task: anew.reconstruct(task) for task in "acd"}) < 1e-9
 
 
+def test_the_papers_merge_on_long_columns_finds_no_more_directions(monkeypatch):
+    for seed in range(60):
+        torch.manual_seed(seed)
+        a, b, c = make_adapters("abc", (3,), {"x": (50, 30)}, torch.float32).values()
+        share = Share.from_adapters({"a": a, "b": b}, variance=0.8)
+        plain = copy.deepcopy(share)
+        share.merge({"c": c}, variance=1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "merge_short", module.merge_layer)
+            plain.merge({"c": c}, variance=1.0)
+        assert sizes(plain) == sizes(share)
+
+
 def test_a_merge_makes_a_basis_smaller_only_if_asked_to():
     e = torch.eye(5).double()
     one, two, others = [both_signs(e[:, i]) for i in ([0, 0], [0, 1], [1, 2])]
