@@ -87,7 +87,8 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # Under autocast, too, in full precision. Otherwise B and A would differ from reconstruct's.
+    # autocast would round both products to half precision. Then the B and A that a model applies
+    # would not be those that reconstruct and detach use.
     with torch.autocast(beta.device.type, enabled=False):
         return beta @ eps_beta, (alpha @ eps_alpha).T
 
@@ -216,8 +217,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     lose much of it, see `retained`. True (ours): by adding directions, p at most, without loss.
     finetune (ours): go on training a task that exists. Its p stays, and phi has to be 0.
     """
-    # 1. Start: a new task with random coefficients and, if phi > 0, temporary columns, all by
-    #    start_layer; with finetune, ours, a task that exists with the coefficients that it has.
+    # 1. Start with random coefficients and, if phi > 0, temporary columns, see start_layer. Ours,
+    #    with finetune: with the coefficients that the task has.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; start stays, for step 3
     # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen.
@@ -276,7 +277,8 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     Earlier tasks may lose a part, see `retained`.
     variance: see `build_basis`; None is the share's. k, ours: the new size, for this merge alone.
     Without k no basis gets smaller, unless its tasks span fewer directions, as after `remove`.
-    grow=True, ours: bases and earlier tasks stay, see `grow_layer`, also for variance and k.
+    grow=True, ours: bases and earlier tasks stay, and directions are added. variance and k are then
+    those of what is added, see `grow_layer`.
     """
     variance = share.variance if variance is None else variance
     check_numbers(variance, k=k)
@@ -1059,8 +1061,9 @@ def check_linear(layer, linear, cls, bases):
 def is_patched(linear, cls):
     """Whether somebody has put another forward on the layer than its class has.
 
-    accelerate's offload puts a wrapper there: patched. Undone, it leaves the class's forward, bound
-    to the layer: harmless. Bound methods are equal if function and object are.
+    accelerate's offload sets linear.forward to a wrapper: patched. When it is undone, it sets it to
+    the class's forward, bound to the layer: harmless, and deleted by attach and detach. Two bound
+    methods are equal if their functions and their objects are the same.
     """
     own = vars(linear).get("forward")
     return own is not None and own != types.MethodType(cls.forward, linear)
