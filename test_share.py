@@ -205,7 +205,7 @@ def test_a_merge_is_phase_1_of_rebuilt_and_new_adapters(stack, rule):
     assert error(share, {task: anew.reconstruct(task) for task in "acd"}) < 1e-9
 
 
-def test_the_papers_merge_on_long_columns_finds_no_more_directions(monkeypatch):
+def test_a_merge_on_long_columns_finds_no_more_directions(monkeypatch):
     for seed in range(60):
         torch.manual_seed(seed)
         a, b, c = make_adapters("abc", (3,), {"x": (50, 30)}, torch.float32).values()
