@@ -966,7 +966,8 @@ def frozen(model):
             if name in flags:
                 parameter.requires_grad_(flags[name])
         for name, buffer in model.named_buffers():
-            if name in buffers and buffer.shape == buffers[name].shape:  # another shape: a new one
+            # Not one that has grown in the block, such as a table of positions.
+            if name in buffers and buffer.shape == buffers[name].shape:
                 # A buffer that cannot be written, such as an expanded one, is left as it is.
                 with contextlib.suppress(RuntimeError):
                     buffer.copy_(buffers[name])
