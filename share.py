@@ -297,7 +297,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
 
 
 def merge_layer(bases, old, new, variance, k, stacking):
-    """Phase 3 for one layer: its new bases, and the coefficients of all tasks in them.
+    """Phase 3 for one layer: its new bases, and the coefficients of all tasks in them, in float64.
 
     old: {task: (eps_beta, eps_alpha)} in the bases. new: {task: (B, A^T)}.
     """

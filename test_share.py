@@ -1555,6 +1555,7 @@ def test_what_is_no_plain_lora_is_refused_by_directory(tmp_path, changes, extras
     plain = {"use_dora": False, "init_lora_weights": "gaussian", "target_parameters": []}
     plain |= {"alpha_pattern": {"q": 2}, "modules_to_save": ["lora_head"]}
     heads = {f"{Q[:-5]}bias": ONES, "base_model.model.lora_head.weight": ONES}
+    heads["base_model.model.my_lora_head.weight"] = ONES
     default = {Q + x: ONES[0] for x in ("A.default.weight", "B.default.weight")}
     peft_directory(tmp_path / "a", plain, heads | default)
     adapter = load_peft(tmp_path / "a")
