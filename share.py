@@ -25,10 +25,10 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     print(share.retained())  # the part of each ‖ΔW‖² that is left: with variance=1.0 all of it
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
-Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are on:
-- with_mean: phase 1 subtracts the mean column, as the paper does, and then adds its direction.
-- keep_size: a merge by variance makes no basis smaller, unless its tasks have a lower rank.
-- grow_layer: `learn` with phi > 0 ends by adding directions; with grow=False by phase 3.
+Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. On by default are these:
+- Phase 1 keeps the direction of the mean column, which the paper subtracts (with_mean).
+- A merge by variance makes no basis smaller, unless the tasks have a lower rank (keep_size).
+- A task learned with phi > 0 adds directions to the bases, in place of phase 3 (grow_layer).
 """
 
 import contextlib
@@ -48,7 +48,12 @@ from torch.nn import functional as F
 ROUNDING = 1e-6  # relative size below which a singular value or a column counts as 0
 
 
-# --- Part 1, the paper. from_adapters, learn and merge become methods of Share, see there.
+# --- Part 1, the paper. Its functions from_adapters, learn and merge become methods of class Share:
+#
+#     share.bases         {layer: (beta, alpha)}
+#     share.coefficients  {layer: {task: (eps_beta, eps_alpha)}}
+#     share.selected      the task whose ΔW is added in forward
+#     share._store(…)     changes bases and coefficients
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -71,24 +76,27 @@ class ShareLinear(nn.Linear):
     """h = W0 x + (beta eps_beta)(alpha eps_alpha)^T x; `Share.attach` makes it of an nn.Linear."""
 
     def forward(self, input):
+        # attach has set self.share, the Share, and self.layer, the name of this layer in it.
         follow_weight(self)  # the bases come along, if the model has moved to another device
         h = super().forward(input)  # W0 x, plus the layer's bias
-        task = self.share.selected  # attach has set self.share, and self.layer, a name
+        task = self.share.selected
         if isinstance(task, tuple):  # ours: a task for each sample
-            return (h + mixed_batch(self.share, self.layer, task, input)).to(h.dtype)
-        factors = self.share.factors(self.layer, task)  # B = beta eps_beta, A = (alpha eps_alpha)^T
-        if factors is None:  # no task, or one that leaves this layer alone
-            return h
-        B, A = factors
-        return (h + F.linear(F.linear(input.to(A.dtype), A), B)).to(h.dtype)  # h + B (A x)
+            BAx = mixed_batch(self.share, self.layer, task, input)
+        else:
+            factors = self.share.factors(self.layer, task)
+            if factors is None:  # no task, or one that leaves this layer alone
+                return h
+            B, A = factors  # B = beta eps_beta, A = (alpha eps_alpha)^T
+            BAx = F.linear(F.linear(input.to(A.dtype), A), B)
+        return (h + BAx).to(h.dtype)
 
 
 def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # autocast would round both products to half precision. Then the B and A that a model applies
-    # would not be those that reconstruct and detach use.
+    # autocast would round to half precision here, and so in reconstruct and detach, too. In forward
+    # it rounds B and A once, as any weight.
     with torch.autocast(beta.device.type, enabled=False):
         return beta @ eps_beta, (alpha @ eps_alpha).T
 
@@ -151,14 +159,12 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
     check_stack(stack, variance, k)
     X = stack.double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    if k is not None:  # ours
-        basis = main_directions(X, rounding, k=k)
-    elif not centre:  # ours
-        basis = main_directions(X, rounding, variance)
-    else:  # the paper's: subtract the mean column, and take the main directions of the rest
+    if k is None and centre:  # the paper's
         mean = X.mean(dim=1, keepdim=True)
         basis = main_directions(X - mean, rounding, variance)
         basis = with_mean(basis, mean, X.shape[1], rounding)  # ours
+    else:  # ours
+        basis = main_directions(X, rounding, variance, k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -174,7 +180,7 @@ def main_directions(X, rounding, variance=None, k=None):
         # If they explain 0.5, 0.8, 1.0, and 0.6 is wanted, one is too few, and k = 2.
         k = int((explained < wanted).sum()) + 1
     rank = int(S.gt(rounding).sum())
-    return U[:, : min(k, rank)]
+    return orthonormal([U[:, : min(k, rank)]])  # U is that only roughly, see left_svd
 
 
 def project(bases, pair):
@@ -214,14 +220,16 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     p: columns of the coefficients, so the rank of ΔW. sigma, seed: of their random start.
     phi: temporary columns beside each basis: 0, or less than the largest k.
     grow: how, with phi > 0, the task is merged afterwards. False: by the paper's phase 3, which may
-    lose much of it, see `retained`. True (ours): by adding directions, p at most, without loss.
+    lose much of it, see `retained`. True (ours): each basis gets the directions that its ΔW lacks,
+    p at most, as this is ΔW's rank, and nothing is lost.
     finetune (ours): go on training a task that exists. Its p stays, and phi has to be 0.
     """
     # 1. Start with random coefficients and, if phi > 0, temporary columns, see start_layer. Ours,
     #    with finetune: with the coefficients that the task has.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; start stays, for step 3
-    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen.
+    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen. In
+    #    forward, share.factors makes B and A of the copy, by learned_factors.
     with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Keep the layers that have moved. Others, which the loss never reached, hold random numbers.
@@ -290,7 +298,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, k, share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], old, new, variance, k)
-        else:  # the paper's: merge_layer, below. merge_short is the same, but faster
+        else:  # the paper's, see merge_layer. merge_short calls it, but on short columns, for speed
             merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
@@ -302,7 +310,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
     old: {task: (eps_beta, eps_alpha)} in the bases. new: {task: (B, A^T)}.
     """
     beta, alpha = bases
-    # 1. Rebuild the factors of the old tasks, in float64: rounding could look like a direction.
+    # 1. Rebuild the factors of the old tasks, in float64: in phase 1 the rounding of float32 could
+    #    look like a direction.
     pairs = {}
     for task, (eps_beta, eps_alpha) in old.items():
         B = beta.double() @ eps_beta.double()
@@ -317,13 +326,10 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 # --- Part 2, everything else. Behind merge
 def keep_size(basis, stack, least):
-    """Ours: the basis or, if it has fewer than `least` columns, another one of that size.
+    """Ours: the basis or, if it is narrower than `least`, that many directions of the stack.
 
-    Why: in a merge, most of the stack lies in the old basis, and a variance of 0.6 would drop 40 %
-    of that, merge by merge: earlier tasks would be forgotten step by step.
-    How: the first `least` directions of the stack itself, as always with k. They need not contain
-    the smaller basis, but no basis of their number holds more of the stack. At 0.6, if adapters
-    have few directions in common, that is nearly every merge.
+    In a merge, the stack is mostly what earlier merges have kept. If the new adapters resemble the
+    old ones, a variance of 0.6 would keep only about 60 % of it, and so on, merge by merge.
     """
     if basis.shape[1] >= least:  # as always in phase 1, where least is 0
         return basis
@@ -331,30 +337,30 @@ def keep_size(basis, stack, least):
 
 
 def merge_short(bases, old, new, variance, k, stacking):
-    """merge_layer, but fast: the same result up to signs and rounding.
+    """merge_layer on short columns: the same result up to signs and rounding, but faster.
 
-    1. Every column x that merge_layer stacks lies in the span of beta and the new B's. Let Q (n, q)
-       be an orthonormal basis of it: q is 40 for kβ = 32 and one new adapter of rank 8, whatever n.
-    2. So x = Q x', with the short x' = Q^T x. Q keeps lengths and angles. So all that phase 1 does
-       (mean, norms, SVD) is the same with the x', only that a direction u' stands for Q u'.
-       Coefficients do not change: (Q u')^T x = u'^T x'.
-    3. Therefore merge the short columns, and multiply the new bases by Q. A^T likewise.
+    All B's, old and new, lie in the span of beta and the new B's. Let Q (n, q) be an orthonormal
+    basis of it: q is 40 for kβ = 32 and one new adapter of rank 8, whatever n. So B = Q B' with the
+    short B' = Q^T B. Means, norms and angles of the columns of B' are those of B. So phase 1 finds
+    the same coefficients, in a short basis: Q times it is the new beta. A^T likewise.
     """
+    # 1. Shorten. The old eps stay as they are, as Q^T (beta eps) = (Q^T beta) eps.
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
     Q = Q_beta, Q_alpha
-    # The old eps stay as they are: Q^T (beta eps) = (Q^T beta) eps.
     short_bases = project(Q, bases)
     short_new = {task: project(Q, pair) for task, pair in new.items()}
+    # 2. Merge.
     short, coefficients = merge_layer(short_bases, old, short_new, variance, k, stacking)
+    # 3. Go back to n and d rows.
     short_beta, short_alpha = short
     long_bases = matmul64(Q_beta, short_beta).to(beta), matmul64(Q_alpha, short_alpha).to(alpha)
     return long_bases, coefficients
 
 
 def orthonormal(matrices):
-    """Orthonormal columns, in float64, in whose span all columns of the matrices are."""
+    """Orthonormal columns whose span contains all columns of the matrices, in float64."""
     return torch.linalg.qr(torch.cat(matrices, dim=1).double()).Q
 
 
@@ -424,8 +430,8 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # accelerate's offload, when undone, leaves nn.Linear's forward on the object, where it
-            # would hide ShareLinear's
+            # check_linear has refused any forward but nn.Linear's. This one, which accelerate's
+            # offload leaves here when it is undone, would hide ShareLinear's.
             vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
@@ -566,19 +572,18 @@ class Share:
         start = {}
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
-                eps_beta, eps_alpha = self.coefficients[layer][task]
-                # A list keeps the order of start_layer, by which an optimizer's saved state goes; a
-                # dict would be sorted. The memory is the share's: `learn` trains a copy.
-                pairs = [("eps_beta", eps_beta), ("eps_alpha", eps_alpha)]
-                start[layer] = nn.ParameterDict(pairs)
+                # These have the memory of the share's coefficients. But `learn` trains a copy.
+                parameters = nn.ParameterDict()
+                parameters["eps_beta"], parameters["eps_alpha"] = self.coefficients[layer][task]
+                start[layer] = parameters
         if not start:
             raise ValueError(f"task {task!r} has no coefficients to train in any layer")
         return start
 
     def _keep(self, task, ends):
         """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
-        # The adapter that the record describes. A task that is fine-tuned keeps its extras, config,
-        # and the layers that have not moved.
+        # `_store` takes ‖ΔW‖², extras and config from an adapter. If the task was fine-tuned, it is
+        # as before, but for the layers that have moved.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -636,7 +641,7 @@ class Share:
         try:
             tensors = safetensors.torch.load(raw)
         except safetensors.SafetensorError:
-            tensors = {}  # which has no checksum
+            tensors = {}  # and so no checksum
         found = tensors.pop("checksum", None)
         if found is None or found.tolist() != checksum(tensors):
             raise ValueError(f"{path} is not a Share file ({FORMAT}), or is damaged")
@@ -681,8 +686,8 @@ class Share:
     def _store(self, adapters, new_bases, new_coefficients):
         """Take in copies of new bases and coefficients, {layer: {task: eps}}.
 
-        adapters: the tasks that are new, or newly trained. Their records are written. All other
-        tasks keep theirs, and so the ‖ΔW‖² of their beginning, even if a merge changes their eps.
+        adapters: the tasks that are new, or newly trained: their records are written. Other tasks
+        keep theirs, and so the ‖ΔW‖² that they had at first, even if a merge changes their eps.
         """
         self._check_idle()
         bases = dict(self.bases)
@@ -745,11 +750,16 @@ def squared_norm(adapter):
 
 
 def left_svd(X):
-    """U and S of the SVD X = U S V^T. A wide X is made square before, for speed only."""
-    if X.shape[0] < X.shape[1]:
-        R = torch.linalg.qr(X.T, mode="r").R
-        X = R.T  # X^T = Q R, so X = R^T Q^T, and R^T has the same U and S
-    U, S, _ = torch.linalg.svd(X, full_matrices=False)
+    """U and S of the SVD X = U S V^T, by X X^T = U S² U^T or, if it is smaller, X^T X = V S² V^T.
+
+    With many columns that is faster than an SVD of X. Where S is small, U is not quite orthonormal;
+    where S is 0, it may be NaN.
+    """
+    is_wide = X.shape[0] < X.shape[1]
+    squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)
+    S = squares.flip(0).clamp(min=0).sqrt()  # eigh has the smallest one first
+    vectors = vectors.flip(1)
+    U = vectors if is_wide else X @ (vectors / S)  # X V = U S
     return U, S
 
 
@@ -769,8 +779,8 @@ def best_rank(eps, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # The eps are float32, so that singular values that should be 0 are near 1e-8 S[0]. Set them to
-    # 0: each side gets the root, 1e-4, and a later merge would take that for a direction.
+    # Where the columns of one side are dependent, the float32 eps make 1e-8 S[0] of a singular
+    # value that should be 0. Each side would get its root, 1e-4, for a later merge a direction.
     S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -780,45 +790,45 @@ def best_rank(eps, p):
 def with_mean(basis, mean, m, rounding):
     """Ours: a basis and, beside it, the direction of the part of the mean that lies outside of it.
 
-    `project` takes the m columns with their mean, which would be lost. All in float64.
+    `project` takes the m columns as they are, mean included, and each of them would lose this part.
+    All in float64.
     """
     outside = mean - basis @ (basis.T @ mean)
-    # Each of the m columns would lose this vector. The norm of m copies of it is √m ‖outside‖.
+    # The norm of m copies of it, side by side, is √m ‖outside‖.
     if m**0.5 * outside.norm() <= rounding:
         return basis
     return torch.cat([basis, outside / outside.norm()], dim=1)
 
 
 def update_columns(B, A_T):
-    """Ours: U S and V S of the SVD ΔW = U S V^T, at most r columns each.
+    """Ours: B R_A^T (n, r) and A^T R_B^T (d, r), in float64, where A^T = Q_A R_A and B = Q_B R_B.
 
-    Many B and A have the same ΔW. U S and V S depend on ΔW alone, but for the signs of singular
-    vectors (and their rotation, where singular values are equal).
+    ΔW = B A = (B R_A^T) Q_A^T, and Q_A^T, with orthonormal rows, changes neither the left singular
+    vectors nor the singular values: B R_A^T has those of ΔW, and A^T R_B^T those of ΔW^T. B alone
+    has not, as many B and A have the same ΔW.
     """
-    Q, R = torch.linalg.qr(B.double())
-    # ΔW = B A = Q (R A). With R A = U S V^T, which has r rows only, the SVD of ΔW is (Q U) S V^T.
-    U, S, Vh = torch.linalg.svd(R @ A_T.double().T, full_matrices=False)
-    return (Q @ U) * S, Vh.T * S  # in float64
+    R_A = torch.linalg.qr(A_T.double(), mode="r").R
+    R_B = torch.linalg.qr(B.double(), mode="r").R
+    return B.double() @ R_A.T, A_T.double() @ R_B.T
 
 
 def update_stacks(pairs):
-    """Ours, for "updates": the tasks' U S side by side, and their V S, each divided by ‖ΔW‖.
+    """Ours, for "updates": `update_columns` of all tasks side by side, each divided by ‖ΔW‖.
 
-    So all tasks weigh the same, whatever the size of their ΔW, down to ROUNDING.
-
-    No mean is subtracted: singular vectors have arbitrary signs, and so their mean says nothing.
-    (Factors have such signs, too: -B and -A are the same adapter, but have another mean.)
+    So all tasks weigh the same, but for a ΔW smaller than ROUNDING times the largest. No mean is
+    subtracted: columns that are multiplied by an orthogonal matrix from the right would stand for
+    the same ΔW, but have another mean.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
-    norms = [float(US.norm()) for US, _ in updates]  # ‖ΔW‖, which is the norm of V S, too
+    norms = [float(left.norm()) for left, _ in updates]  # ‖left‖ = ‖right‖ = ‖ΔW‖
     # Not divided by less than this, which may be rounding. (1e-300: all ΔW may be 0.)
     floor = max(ROUNDING * max(norms), 1e-300)
-    all_US = []
-    all_VS = []
-    for (B, A_T), (US, VS), norm in zip(pairs.values(), updates, norms, strict=True):
-        all_US.append((US / max(norm, floor)).to(B.dtype))
-        all_VS.append((VS / max(norm, floor)).to(A_T.dtype))
-    return torch.cat(all_US, dim=1), torch.cat(all_VS, dim=1)
+    lefts = []
+    rights = []
+    for (B, A_T), (left, right), norm in zip(pairs.values(), updates, norms, strict=True):
+        lefts.append((left / max(norm, floor)).to(B.dtype))
+        rights.append((right / max(norm, floor)).to(A_T.dtype))
+    return torch.cat(lefts, dim=1), torch.cat(rights, dim=1)
 
 
 def grow_layer(bases, old, new, variance, k):
@@ -830,16 +840,16 @@ def grow_layer(bases, old, new, variance, k):
     # 1. Add directions of each ΔW, one after the other.
     beta, alpha = bases
     for B, A_T in new.values():
-        US, VS = update_columns(B, A_T)
-        beta = grow_basis(beta, US, variance, k)
-        alpha = grow_basis(alpha, VS, variance, k)
+        left, right = update_columns(B, A_T)
+        beta = grow_basis(beta, left, variance, k)
+        alpha = grow_basis(alpha, right, variance, k)
     # 2. Earlier tasks have coefficients of 0 for the added directions.
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. With variance 1 no ΔW changes: beta spans its columns and alpha its
-    #    rows, so (beta beta^T B) (A alpha alpha^T) = beta beta^T ΔW alpha alpha^T = ΔW. B alone may
-    #    change: a column of B that A does not use is in no ΔW.
+    # 3. Project the new tasks. B and A may lose a part each, but with variance 1 their product does
+    #    not: then beta spans the columns of ΔW and alpha its rows, and so
+    #    (beta beta^T B) (A alpha alpha^T) = beta beta^T ΔW alpha alpha^T = ΔW.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -857,11 +867,11 @@ def grow_basis(basis, columns, variance, k):
     """
     X = columns.double()
     b = basis.double()
-    # Subtract the part inside of b, twice: b is rounded to float32 and not quite orthonormal, and
-    # the second time takes away what the first one has left.
+    # Subtract the part inside of b, twice (re-orthogonalisation): b is rounded to float32 and not
+    # quite orthonormal, and the second time takes away what the first one has left.
     outside = X - b @ (b.T @ X)
     outside = outside - b @ (b.T @ outside)
-    rounding = ROUNDING * X.norm()  # of X, as what is outside may be rounding alone
+    rounding = ROUNDING * X.norm()  # of X: there may be nothing outside but errors of rounding
     if k is None:
         added = main_directions(outside, rounding, variance)
     else:
@@ -882,7 +892,8 @@ def mixed_batch(share, layer, tasks, x):
     # Stack the eps^T (p, k) to (s, p, k). Where p is smaller, rows of zeros are added.
     eps_betas = nn.utils.rnn.pad_sequence([eps_beta.T for eps_beta, _ in eps], batch_first=True)
     eps_alphas = nn.utils.rnn.pad_sequence([eps_alpha.T for _, eps_alpha in eps], batch_first=True)
-    # ΔW x = beta eps_beta eps_alpha^T alpha^T x, from the right; only eps differ by sample s.
+    # ΔW x = beta eps_beta eps_alpha^T alpha^T x, from the right. In einsum s is the sample, k the
+    # direction of a basis, p the column of eps.
     y = x.to(alpha.dtype) @ alpha  # (s, ..., kα)
     y = torch.einsum("s...k,spk->s...p", y, eps_alphas)  # (s, ..., p)
     y = torch.einsum("s...p,spk->s...k", y, eps_betas)  # (s, ..., kβ)
@@ -894,8 +905,8 @@ def mixed_batch(share, layer, tasks, x):
 def training(share, model, task, trained):
     """For a block, the task is selected and its {layer: nn.ParameterDict} alone can train.
 
-    The same parameters are in two places: linear.learned, where model.parameters() finds them, and
-    share.trained, where forward does, by `Share.factors`.
+    The same parameters are in two places. In linear.learned, model.parameters() finds them, and so
+    does an optimizer. In share.trained, `Share.factors` finds them, and so does forward.
     """
     share._check_idle()
     check_unwrapped(model)
@@ -1048,7 +1059,7 @@ def check_linear(layer, linear, cls, bases):
     shape = tuple(len(basis) for basis in bases)
     if type(linear) is not cls or weight is None:
         reason = f"it takes {cls.__name__} itself, with no pruning or the like on its weight"
-    elif is_patched(linear, cls):
+    elif linear.forward != types.MethodType(cls.forward, linear):  # equal if it is the class's own
         reason = "its forward is patched; attach first and offload afterwards; undo it to detach"
     elif weight.is_meta:
         reason = "its weight is on meta; load the weights first"
@@ -1057,17 +1068,6 @@ def check_linear(layer, linear, cls, bases):
     else:
         return
     raise ValueError(f"layer {layer!r} is {type(linear).__name__}; {reason}")
-
-
-def is_patched(linear, cls):
-    """Whether somebody has put another forward on the layer than its class has.
-
-    accelerate's offload sets linear.forward to a wrapper: patched. When it is undone, it sets it to
-    the class's forward, bound to the layer: harmless, and deleted by attach and detach. Two bound
-    methods are equal if their functions and their objects are the same.
-    """
-    own = vars(linear).get("forward")
-    return own is not None and own != types.MethodType(cls.forward, linear)
 
 
 def check_unwrapped(model):
@@ -1101,13 +1101,10 @@ def write_whole(path, content):
 #
 # Weights
 # - state_dict() and save_pretrained() hold W0 only, whatever is selected. Save the share, too.
-# - ΔW is lost where code reads a layer's weight and does not call the layer: lm_head in some losses
-#   of TRL, diffusers after fuse_qkv_projections, some blocks of timm. Fold the task in first:
-#   detach(model, task).
-# - quanto's quantize, torchao's float8 training and resize_token_embeddings put new modules in
-#   place of attached ones, which drops the task. Fold it in first, or use torchao's quantize_,
-#   which keeps the layers.
-# - detach(model, task) makes new Parameters. Make the optimizer after it.
+# - ΔW is lost where code reads a layer's weight and does not call the layer (lm_head in some losses
+#   of TRL, diffusers after fuse_qkv_projections, some blocks of timm), or puts a new layer in its
+#   place (quanto's quantize, torchao's float8 training, resize_token_embeddings). Fold the task in
+#   before: detach(model, task). It makes new Parameters, so make the optimizer after it.
 # - A deep copy of a model has a deep copy of the share: model.get_submodule(layer).share.
 # - Apple's MPS has no float64: to build, add, merge, learn with phi > 0 or detach(model, task),
 #   move the model, and so the share, to the CPU first.
@@ -1118,19 +1115,16 @@ def write_whole(path, content):
 #   run. DPO needs a reference model of its own.
 # - torch.compile compiles once for each selection: increase torch._dynamo.config.recompile_limit. A
 #   traced or exported model keeps the selection that it was made with.
-# - In a mixed batch the i-th task is that of the i-th sample as layers see it. encode() of
-#   sentence-transformers and length-grouped loaders sort samples: sort the tasks alike.
-# - Beam search repeats each sample of a batch for its beams: repeat the tasks alike. An encoder
-#   runs before that, so an encoder-decoder needs two steps: select(tasks) and
-#   encoded = model.get_encoder()(**inputs), then select(repeated) and
-#   model.generate(encoder_outputs=encoded, num_beams=beams).
+# - In a mixed batch the i-th task is that of the i-th sample as layers see it. Sort or repeat the
+#   tasks as the samples: encode() of sentence-transformers and length-grouped loaders sort them,
+#   beam search repeats each one for its beams. An encoder runs before that: call it with
+#   select(tasks), then generate(encoder_outputs=…) with the repeated tasks.
 # Learning
 # - Make optimizers, Trainers, DistributedDataParallel and moving averages in the block of learn,
 #   and load the best checkpoint before it ends.
 # - fully_shard replaces the parameters that learn yields: call it in the block, and then train
 #   those of model.parameters() that require gradients. An attached model that is sharded can serve
-#   tasks, but learn refuses it: FSDP would not know the parameters that the next block adds. Tensor
-#   parallelism and nn.DataParallel do not work at all.
+#   tasks, but not learn one. Tensor parallelism and nn.DataParallel do not work at all.
 # - A head that trains along is yours: unfreeze it in the block, copy it for each task, put it back.
 # - To give a learned task extras: reconstruct it, set them, remove it, add it.
 # - Call eval() on BatchNorm layers: in training mode a task would adapt to the statistics of each

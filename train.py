@@ -478,14 +478,15 @@ def check(methods):
 def break_even(methods, other, first):
     """The least number of tasks, from `first` on, for which Share stores less than LoRAs do."""
     share = methods["share"]
-    later_each = share["trained_per_task"]  # a later task stores what it trains
-    saved_each = methods[other]["trained_per_task"] - later_each
-    if saved_each <= 0:
+    lora_each = methods[other]["trained_per_task"]  # LoRA, and a later task of Share's, store
+    share_each = share["trained_per_task"]  # what they train
+    if share_each >= lora_each:
         return None  # never
-    # For n tasks Share stores fixed + n later_each. That is less if fixed < n saved_each.
-    learned = len(share["accuracy_matrix"])  # tasks in share["stored"]
-    fixed = share["stored"] - learned * later_each
-    return max(first, fixed // saved_each + 1)
+    learned = len(share["accuracy_matrix"])  # how many tasks share["stored"] is for
+    tasks = first
+    while share["stored"] + (tasks - learned) * share_each >= tasks * lora_each:
+        tasks += 1
+    return tasks
 
 
 def spread(values, digits):
