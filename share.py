@@ -53,7 +53,8 @@ ROUNDING = 1e-6  # relative size below which a singular value or a column counts
 #     share.bases         {layer: (beta, alpha)}
 #     share.coefficients  {layer: {task: (eps_beta, eps_alpha)}}
 #     share.selected      the task whose ΔW is added in forward
-#     share._store(…)     changes bases and coefficients
+#
+# Its _pairs_by_layer checks and regroups adapters, _store takes in new bases and coefficients.
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -77,7 +78,7 @@ class ShareLinear(nn.Linear):
 
     def forward(self, input):
         # attach has set self.share, the Share, and self.layer, the name of this layer in it.
-        follow_weight(self)  # the bases come along, if the model has moved to another device
+        follow_weight(self)  # model.to(device) does not move the bases; this does
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
         if isinstance(task, tuple):  # ours: a task for each sample
@@ -95,8 +96,8 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # autocast would round to half precision here, and so in reconstruct and detach, too. In forward
-    # it rounds B and A once, as any weight.
+    # Without autocast, as reconstruct and detach want full precision. In forward, F.linear rounds
+    # the finished B and A under autocast, as it does any weight.
     with torch.autocast(beta.device.type, enabled=False):
         return beta @ eps_beta, (alpha @ eps_alpha).T
 
@@ -115,6 +116,7 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     coefficients = {}
     for layer, pairs in share._pairs_by_layer(adapters).items():  # pairs: {task: (B, A^T)}
         bases[layer], by_task = build_layer(pairs, variance, k, stack)
+        # ours: cut to p columns, if p is given
         coefficients[layer] = {task: best_rank(eps, p) for task, eps in by_task.items()}
     share._store(adapters, bases, coefficients)
     return share
@@ -151,8 +153,8 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
     `variance` of the rest. Ours:
     - add the direction of the mean, see `with_mean`;
     - centre=False: subtract no mean, and add none;
-    - k, in place of variance: take the first k directions, or fewer. No mean is subtracted, so that
-      they hold as much of the stack as k directions can.
+    - k, in place of variance: take the first k directions, or fewer. Whatever `centre` says, no mean
+      is subtracted, so that they hold as much of the stack as k directions can.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -180,7 +182,8 @@ def main_directions(X, rounding, variance=None, k=None):
         # If they explain 0.5, 0.8, 1.0, and 0.6 is wanted, one is too few, and k = 2.
         k = int((explained < wanted).sum()) + 1
     rank = int(S.gt(rounding).sum())
-    return orthonormal([U[:, : min(k, rank)]])  # U is that only roughly, see left_svd
+    # left_svd is quick, but its U is not exactly orthonormal. QR makes it so.
+    return orthonormal([U[:, : min(k, rank)]])
 
 
 def project(bases, pair):
@@ -220,8 +223,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     p: columns of the coefficients, so the rank of ΔW. sigma, seed: of their random start.
     phi: temporary columns beside each basis: 0, or less than the largest k.
     grow: how, with phi > 0, the task is merged afterwards. False: by the paper's phase 3, which may
-    lose much of it, see `retained`. True (ours): each basis gets the directions that its ΔW lacks,
-    p at most, as this is ΔW's rank, and nothing is lost.
+    lose much of it, see `retained`. True (ours): each basis gains the directions of the task's ΔW
+    that it does not contain yet, p at most, and nothing is lost.
     finetune (ours): go on training a task that exists. Its p stays, and phi has to be 0.
     """
     # 1. Start with random coefficients and, if phi > 0, temporary columns, see start_layer. Ours,
@@ -298,7 +301,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, k, share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], old, new, variance, k)
-        else:  # the paper's, see merge_layer. merge_short calls it, but on short columns, for speed
+        else:  # the paper's: merge_layer(share.bases[layer], old, new, …), here in its fast form
             merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
@@ -310,8 +313,7 @@ def merge_layer(bases, old, new, variance, k, stacking):
     old: {task: (eps_beta, eps_alpha)} in the bases. new: {task: (B, A^T)}.
     """
     beta, alpha = bases
-    # 1. Rebuild the factors of the old tasks, in float64: in phase 1 the rounding of float32 could
-    #    look like a direction.
+    # 1. Rebuild the factors of the old tasks, in float64, as phase 1 computes.
     pairs = {}
     for task, (eps_beta, eps_alpha) in old.items():
         B = beta.double() @ eps_beta.double()
@@ -326,10 +328,11 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 # --- Part 2, everything else. Behind merge
 def keep_size(basis, stack, least):
-    """Ours: the basis or, if it is narrower than `least`, that many directions of the stack.
+    """Ours: the basis or, if it is narrower than `least`, another one with k = least.
 
-    In a merge, the stack is mostly what earlier merges have kept. If the new adapters resemble the
-    old ones, a variance of 0.6 would keep only about 60 % of it, and so on, merge by merge.
+    In a merge, the stack is mostly what earlier merges have kept, and a variance of 0.6 may keep
+    only about 60 % of it again, merge by merge. For the other basis, as always with k, no mean is
+    subtracted: it is not the first one and some columns more.
     """
     if basis.shape[1] >= least:  # as always in phase 1, where least is 0
         return basis
@@ -341,8 +344,8 @@ def merge_short(bases, old, new, variance, k, stacking):
 
     All B's, old and new, lie in the span of beta and the new B's. Let Q (n, q) be an orthonormal
     basis of it: q is 40 for kβ = 32 and one new adapter of rank 8, whatever n. So B = Q B' with the
-    short B' = Q^T B. Means, norms and angles of the columns of B' are those of B. So phase 1 finds
-    the same coefficients, in a short basis: Q times it is the new beta. A^T likewise.
+    short B' = Q^T B, whose columns have the same norms and inner products, and the mean Q^T mean.
+    Therefore phase 1 of the B' gives the same coefficients, and Q times its basis. A^T likewise.
     """
     # 1. Shorten. The old eps stay as they are, as Q^T (beta eps) = (Q^T beta) eps.
     beta, alpha = bases
@@ -430,8 +433,7 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # check_linear has refused any forward but nn.Linear's. This one, which accelerate's
-            # offload leaves here when it is undone, would hide ShareLinear's.
+            # accelerate may have left nn.Linear's forward on the object: it would hide ShareLinear's
             vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
@@ -550,7 +552,8 @@ class Share:
             raise ValueError(f"sigma is {sigma!r}; it takes a number above 0")
         # The paper asks for phi < k. Here k differs by layer and side. The largest one counts: one
         # narrow layer is no reason to refuse phi in all others.
-        max_k = max([basis.shape[1] for bases in self.bases.values() for basis in bases], default=0)
+        sizes = [basis.shape[1] for bases in self.bases.values() for basis in bases]
+        max_k = max(sizes, default=0)
         if type(phi) is not int or phi < 0 or (phi > 0 and phi >= max_k):
             raise ValueError(f"phi is {phi!r}; it takes 0 or integers below the largest k, {max_k}")
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
@@ -582,8 +585,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
-        # `_store` takes ‖ΔW‖², extras and config from an adapter. If the task was fine-tuned, it is
-        # as before, but for the layers that have moved.
+        # `_store` takes ‖ΔW‖², extras and config from an adapter. If the task was fine-tuned, layers
+        # that have not moved count with the ΔW that they have now.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -674,7 +677,7 @@ class Share:
             self._check_new_task(task)
             check_adapter(task, adapter, shapes)
             for layer, (B, A) in adapter.factors.items():
-                # In a new layer, the next adapters have to fit the first one, and go to its device.
+                # In a new layer, check_adapter compares the next adapters with this one.
                 shapes[layer] = len(B), A.shape[1]
                 device = devices.setdefault(layer, B.device)
                 dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
@@ -744,7 +747,7 @@ def squared_norm(adapter):
     total = 0.0
     for factors in adapter.factors.values():
         B, A = [factor.detach().cpu().double() for factor in factors]
-        # ‖B A‖² = trace(A^T B^T B A) = trace(B^T B A A^T), and this matrix is only r × r.
+        # ‖B A‖² = trace(A^T B^T B A) = trace((B^T B) (A A^T)): these matrices are only r × r.
         total += float(torch.trace(B.T @ B @ (A @ A.T)))
     return total
 
@@ -752,15 +755,15 @@ def squared_norm(adapter):
 def left_svd(X):
     """U and S of the SVD X = U S V^T, by X X^T = U S² U^T or, if it is smaller, X^T X = V S² V^T.
 
-    With many columns that is faster than an SVD of X. Where S is small, U is not quite orthonormal;
-    where S is 0, it may be NaN.
+    With many columns that is faster than an SVD of X. Where S is small, U is not quite orthonormal.
     """
     is_wide = X.shape[0] < X.shape[1]
-    squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)
-    S = squares.flip(0).clamp(min=0).sqrt()  # eigh has the smallest one first
-    vectors = vectors.flip(1)
-    U = vectors if is_wide else X @ (vectors / S)  # X V = U S
-    return U, S
+    squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)  # the smallest first
+    S = squares.flip(0).clamp(min=0).sqrt()
+    U_or_V = vectors.flip(1)
+    if is_wide:
+        return U_or_V, S
+    return X @ (U_or_V / S), S  # X V = U S. Where S is 0, U is NaN; main_directions leaves it out.
 
 
 def best_rank(eps, p):
@@ -779,8 +782,8 @@ def best_rank(eps, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # Where the columns of one side are dependent, the float32 eps make 1e-8 S[0] of a singular
-    # value that should be 0. Each side would get its root, 1e-4, for a later merge a direction.
+    # A singular value that should be 0 comes out near 1e-8 S[0], if the eps are float32. Each side
+    # would get its root: 1e-4 of the largest one, which a later merge would take for a direction.
     S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -801,23 +804,25 @@ def with_mean(basis, mean, m, rounding):
 
 
 def update_columns(B, A_T):
-    """Ours: B R_A^T (n, r) and A^T R_B^T (d, r), in float64, where A^T = Q_A R_A and B = Q_B R_B.
+    """Ours: left (n, min(r, d)) and right (d, min(r, n)), in float64, which stand for ΔW = B A.
 
-    ΔW = B A = (B R_A^T) Q_A^T, and Q_A^T, with orthonormal rows, changes neither the left singular
-    vectors nor the singular values: B R_A^T has those of ΔW, and A^T R_B^T those of ΔW^T. B alone
-    has not, as many B and A have the same ΔW.
+    Many B and A have the same ΔW. With the QR A^T = Q R, ΔW = (B R^T) Q^T. As Q^T has orthonormal
+    rows, it changes neither left singular vectors nor singular values: left = B R^T has those of
+    ΔW. The other side likewise.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
-    return B.double() @ R_A.T, A_T.double() @ R_B.T
+    left = B.double() @ R_A.T
+    right = A_T.double() @ R_B.T
+    return left, right
 
 
 def update_stacks(pairs):
     """Ours, for "updates": `update_columns` of all tasks side by side, each divided by ‖ΔW‖.
 
     So all tasks weigh the same, but for a ΔW smaller than ROUNDING times the largest. No mean is
-    subtracted: columns that are multiplied by an orthogonal matrix from the right would stand for
-    the same ΔW, but have another mean.
+    subtracted: the columns are known only up to a rotation from the right, which changes their
+    mean, but not their main directions.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
     norms = [float(left.norm()) for left, _ in updates]  # ‖left‖ = ‖right‖ = ‖ΔW‖
@@ -847,9 +852,8 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. B and A may lose a part each, but with variance 1 their product does
-    #    not: then beta spans the columns of ΔW and alpha its rows, and so
-    #    (beta beta^T B) (A alpha alpha^T) = beta beta^T ΔW alpha alpha^T = ΔW.
+    # 3. Project the new tasks. With variance 1, beta spans the columns of ΔW and alpha its rows. So
+    #    projecting loses nothing of ΔW, though B and A alone may change.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -962,8 +966,8 @@ def frozen(model):
     """For a block no parameter of a model can train.
 
     Restored afterwards: requires_grad, and the buffers that state_dict() has, such as BatchNorm's
-    statistics. Not restored: gradients, which are dropped, and all other buffers. These are caches,
-    such as a rotary embedding's, and keep what the block wrote.
+    statistics. Not restored: gradients, which are dropped, and buffers that state_dict() leaves
+    out, as these are caches, such as a rotary embedding's.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -1055,11 +1059,12 @@ def check_adapter(task, adapter, shapes):
 
 def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
-    weight = linear._parameters.get("weight")
+    weight = linear._parameters.get("weight")  # None: pruning or the like has replaced it
     shape = tuple(len(basis) for basis in bases)
+    own_forward = types.MethodType(cls.forward, linear)  # equals linear.forward, if not patched
     if type(linear) is not cls or weight is None:
         reason = f"it takes {cls.__name__} itself, with no pruning or the like on its weight"
-    elif linear.forward != types.MethodType(cls.forward, linear):  # equal if it is the class's own
+    elif linear.forward != own_forward:
         reason = "its forward is patched; attach first and offload afterwards; undo it to detach"
     elif weight.is_meta:
         reason = "its weight is on meta; load the weights first"
@@ -1112,13 +1117,14 @@ def write_whole(path, content):
 #   A = lora_A.weight. Attach to the model that unload() returns, not to the PeftModel.
 # Selecting
 # - There is one selection, for all threads. With gradient checkpointing keep it until backward has
-#   run. DPO needs a reference model of its own.
+#   run.
 # - torch.compile compiles once for each selection: increase torch._dynamo.config.recompile_limit. A
 #   traced or exported model keeps the selection that it was made with.
 # - In a mixed batch the i-th task is that of the i-th sample as layers see it. Sort or repeat the
 #   tasks as the samples: encode() of sentence-transformers and length-grouped loaders sort them,
-#   beam search repeats each one for its beams. An encoder runs before that: call it with
-#   select(tasks), then generate(encoder_outputs=…) with the repeated tasks.
+#   beam search repeats each one for its beams. Before that, the encoder of an encoder-decoder has
+#   one row for each sample: call it with select(tasks), then generate(encoder_outputs=…) with the
+#   repeated tasks.
 # Learning
 # - Make optimizers, Trainers, DistributedDataParallel and moving averages in the block of learn,
 #   and load the best checkpoint before it ends.
@@ -1129,9 +1135,8 @@ def write_whole(path, content):
 # - To give a learned task extras: reconstruct it, set them, remove it, add it.
 # - Call eval() on BatchNorm layers: in training mode a task would adapt to the statistics of each
 #   batch, and afterwards the model has its running statistics of before.
-# - A layer is part of a task if its parameters have moved. Normally the loss has to reach it. But
-#   weight decay, where a gradient is 0 and not None, moves them, too, as does a cast to half and
-#   back.
+# - A layer is part of a task if its parameters have moved. So the loss has to reach it; but weight
+#   decay moves them, too, where a gradient is 0 and not None, and so does a cast to half and back.
 # - Learn in one thread at a time. To serve meanwhile, learn on copies, made in one call so that
 #   they stay connected: model2, share2 = copy.deepcopy((model, share)). Then share.add(task,
 #   share2.reconstruct(task)) or, with phi > 0, share.merge({task: …}, variance=1.0, grow=True).
