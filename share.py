@@ -153,8 +153,8 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
     `variance` of the rest. Ours:
     - add the direction of the mean, see `with_mean`;
     - centre=False: subtract no mean, and add none;
-    - k, in place of variance: take the first k directions, or fewer. Whatever `centre` says, no mean
-      is subtracted, so that they hold as much of the stack as k directions can.
+    - k, in place of variance: take the first k directions, or fewer. No mean is subtracted here,
+      whatever `centre` is, so that they hold as much of the stack as k directions can.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -433,7 +433,7 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # accelerate may have left nn.Linear's forward on the object: it would hide ShareLinear's
+            # accelerate may have left nn.Linear's forward on the object, hiding ShareLinear's
             vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
@@ -585,8 +585,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
-        # `_store` takes ‖ΔW‖², extras and config from an adapter. If the task was fine-tuned, layers
-        # that have not moved count with the ΔW that they have now.
+        # `_store` takes ‖ΔW‖², extras and config from an adapter. Of a task that was fine-tuned, it
+        # has the layers that have not moved, too, with the ΔW of now.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():

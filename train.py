@@ -12,16 +12,11 @@ layer's weight (n, d), of rank p. The first tasks keep LoRA's rank, each later o
                                     temporary columns beside each basis
     phase 3  share.learn, its end   with phi > 0, the task's ΔW is merged into the bases
 
-Phase 1 stacks columns of the first tasks side by side. An SVD gives their main directions, which
-make a basis: as many as explain a given fraction of the stack's variance. There are two stacks:
-
-    stack="factors"  the paper's  beta from [B1 B2 …], alpha from [A1^T A2^T …], after the mean
-                                  column is subtracted; ours: then the mean's direction is added
-    stack="updates"  ours         beta from [ΔW1 ΔW2 …], alpha from [ΔW1^T ΔW2^T …], each ΔW
-                                  divided by its (Frobenius) norm. No mean is subtracted.
-
-Why ours: for any invertible M, B M and M^-1 A give the same ΔW as B and A, but other bases if these
-are made of "factors". So the experiment, `compare`, has "updates".
+Phase 1 puts the first tasks' factors side by side, [B1 B2 …] for beta and [A1^T A2^T …] for alpha.
+A basis has their main directions, by an SVD, as many as explain a given fraction of the variance.
+That is the paper's, stack="factors". Ours, stack="updates", has the ΔW, each divided by its norm,
+in place of the factors: many B and A have the same ΔW, but other main directions. The experiment
+has ours.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -318,18 +313,15 @@ class Experiment:
     def learn_task(self, share, model, t, p, phi=0, grow=True):
         """Phase 2 for task t, and with phi > 0 phase 3. Returns how many numbers were trained.
 
-        model: the base model with the share attached. In each layer these numbers are trained:
+        model: the base model with the share attached. The bases are frozen. Trained in each layer:
 
-            phi = 0  eps_beta (kβ, p)        with  B = beta eps_beta
-            phi > 0  eps_beta (kβ + phi, p)  with  B = [beta T_beta] eps_beta
-                     T_beta (n, phi)         temporary columns
+            eps_beta (kβ + phi, p), eps_alpha (kα + phi, p)  the task's coefficients
+            T_beta (n, phi), T_alpha (d, phi)                temporary columns beside beta and alpha
 
-        and for A likewise eps_alpha, and T_alpha (d, phi). The bases stay. With phi > 0, phase 3
-        then merges the task's ΔW = B A, and the temporary columns go:
+        Phase 3 then merges B = [beta T_beta] eps_beta and A, made likewise:
 
-            grow=True   ours: bases get the directions of ΔW that they lack; no earlier ΔW changes
-            grow=False  the paper's: new bases of all tasks, as in phase 1, but (ours) no smaller
-                        than before; earlier ΔW may change
+            grow=True   ours: the bases get the directions of ΔW = B A that they lack
+            grow=False  the paper's: new bases of all tasks, as in phase 1; earlier ΔW may change
         """
         s = self.s
         seed = 100 * s.seed + t  # of the random start
@@ -626,7 +618,7 @@ def average(share, tasks, name, p=None):
         if pairs:
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
-    if p is None:  # the largest k: in the bases no rank is above it, so that it cuts nothing
+    if p is None:  # the largest k: no ΔW in the bases has a higher rank, so nothing is cut
         sizes = [basis.shape[1] for bases in share.bases.values() for basis in bases]
         p = max([1] + sizes)  # 1, if all are empty
     share.add(name, Adapter(factors), p)
