@@ -21,14 +21,14 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     model = share.attach(ToyTransformer())  # which has a layer "head"
     batches = torch.randint(64, (9, 8, 16))
     train_coefficients(share, model, "new", batches, lambda model, x: model(x).square().mean())
-    share.merge({"c": adapters[2]}, variance=1.0)
+    share.merge({"c": adapters[2]})
     print(share.retained())  # the part of each ‖ΔW‖² that is left: with variance=1.0 all of it
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
-Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. On by default are these:
-- Phase 1 keeps the direction of the mean column, which the paper subtracts (with_mean).
-- A merge by variance makes no basis smaller, unless the tasks have a lower rank (keep_size).
-- A task learned with phi > 0 adds directions to the bases, in place of phase 3 (grow_layer).
+Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. By default there are these:
+- Phase 1: a basis has one more column, the direction of the mean of all columns (with_mean).
+- Phase 2 with phi > 0: the learned task adds directions to the bases; no phase 3 follows (grow).
+- Phase 3: a basis keeps its size at least, unless its tasks have a lower rank (keep_size).
 """
 
 import contextlib
@@ -48,13 +48,14 @@ from torch.nn import functional as F
 ROUNDING = 1e-6  # relative size below which a singular value or a column counts as 0
 
 
-# --- Part 1, the paper. Its functions from_adapters, learn and merge become methods of class Share:
+# --- Part 1, the paper. `share` is a Share, a class of Part 2, which keeps bases and coefficients
+# and has from_adapters, learn and merge as methods. These are used of it here:
 #
-#     share.bases         {layer: (beta, alpha)}
-#     share.coefficients  {layer: {task: (eps_beta, eps_alpha)}}
-#     share.selected      the task whose ΔW is added in forward
-#
-# Its _pairs_by_layer checks and regroups adapters, _store takes in new bases and coefficients.
+#     share.bases                      {layer: (beta, alpha)}
+#     share.coefficients               {layer: {task: (eps_beta, eps_alpha)}}
+#     share.selected                   the task whose ΔW is added in forward
+#     share._pairs_by_layer(adapters)  {layer: {task: (B, A^T)}}, checked
+#     share._store(…)                  takes in the bases and coefficients that a phase has made
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -96,8 +97,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # Without autocast, as reconstruct and detach want full precision. In forward, F.linear rounds
-    # the finished B and A under autocast, as it does any weight.
+    # In full precision even under autocast: B and A are also stored, and added to W0.
     with torch.autocast(beta.device.type, enabled=False):
         return beta @ eps_beta, (alpha @ eps_alpha).T
 
@@ -108,7 +108,7 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
 
     variance, k: see `build_basis`; the paper's 0.6 may keep little, see `retained`.
     stack: the paper's "factors", or "updates", ours, see `update_stacks`.
-    p: the pseudo-rank, to which tasks are cut; None does not cut.
+    p, ours: the pseudo-rank to which each task is cut, see `best_rank`; None keeps its r.
     """
     check_numbers(variance, k=k, p=p)
     share = cls(variance, stack)  # cls is Share
@@ -116,7 +116,6 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     coefficients = {}
     for layer, pairs in share._pairs_by_layer(adapters).items():  # pairs: {task: (B, A^T)}
         bases[layer], by_task = build_layer(pairs, variance, k, stack)
-        # ours: cut to p columns, if p is given
         coefficients[layer] = {task: best_rank(eps, p) for task, eps in by_task.items()}
     share._store(adapters, bases, coefficients)
     return share
@@ -179,8 +178,8 @@ def main_directions(X, rounding, variance=None, k=None):
     if k is None:
         explained = (S**2).cumsum(0)  # by the first direction, by the first two, …
         wanted = (variance - 1e-12) * (S**2).sum()  # 1e-12: rounding may make 0.6 of it 0.59999…
-        # If they explain 0.5, 0.8, 1.0, and 0.6 is wanted, one is too few, and k = 2.
-        k = int((explained < wanted).sum()) + 1
+        too_few = explained < wanted
+        k = int(too_few.sum()) + 1  # explained 0.5, 0.8, 1.0, and 0.6 is wanted: k = 1 + 1
     rank = int(S.gt(rounding).sum())
     # left_svd is quick, but its U is not exactly orthonormal. QR makes it so.
     return orthonormal([U[:, : min(k, rank)]])
@@ -227,8 +226,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     that it does not contain yet, p at most, and nothing is lost.
     finetune (ours): go on training a task that exists. Its p stays, and phi has to be 0.
     """
-    # 1. Start with random coefficients and, if phi > 0, temporary columns, see start_layer. Ours,
-    #    with finetune: with the coefficients that the task has.
+    # 1. Start, in each layer, with the parameters that start_layer makes. Ours, with finetune: with
+    #    the coefficients that the task has.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; start stays, for step 3
     # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen. In
@@ -286,8 +285,9 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}. The layers that they have get new bases and coefficients.
 
     Earlier tasks may lose a part, see `retained`.
-    variance: see `build_basis`; None is the share's. k, ours: the new size, for this merge alone.
-    Without k no basis gets smaller, unless its tasks span fewer directions, as after `remove`.
+    variance: see `build_basis`; None is the share's. Ours: no basis gets smaller, unless its tasks
+    span fewer directions, as after `remove`.
+    k, ours: in place of variance, the new size. The next merge does not remember it.
     grow=True, ours: bases and earlier tasks stay, and directions are added. variance and k are then
     those of what is added, see `grow_layer`.
     """
@@ -301,7 +301,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, k, share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], old, new, variance, k)
-        else:  # the paper's: merge_layer(share.bases[layer], old, new, …), here in its fast form
+        else:  # phase 3, as in the next function, merge_layer. This one calls it on short columns
             merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
@@ -328,15 +328,16 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 # --- Part 2, everything else. Behind merge
 def keep_size(basis, stack, least):
-    """Ours: the basis or, if it is narrower than `least`, another one with k = least.
+    """Ours: in a merge by variance, a basis of at least `least` columns, its size before.
 
-    In a merge, the stack is mostly what earlier merges have kept, and a variance of 0.6 may keep
-    only about 60 % of it again, merge by merge. For the other basis, as always with k, no mean is
-    subtracted: it is not the first one and some columns more.
+    Why: most of the stack is what the last merge has kept, of which a variance of 0.6 would keep
+    60 %, and the next merge 60 % of that, and so on.
+    How: a basis that is too narrow is dropped. The first `least` directions of the stack, mean
+    included, take its place. No basis of that size holds more of the stack.
     """
-    if basis.shape[1] >= least:  # as always in phase 1, where least is 0
-        return basis
-    return build_basis(stack, k=least)
+    if basis.shape[1] < least:  # never in phase 1, where least is 0
+        return build_basis(stack, k=least)
+    return basis
 
 
 def merge_short(bases, old, new, variance, k, stacking):
@@ -349,17 +350,17 @@ def merge_short(bases, old, new, variance, k, stacking):
     """
     # 1. Shorten. The old eps stay as they are, as Q^T (beta eps) = (Q^T beta) eps.
     beta, alpha = bases
-    Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
+    Q_beta = orthonormal([beta] + [B for B, _ in new.values()])  # (n, q)
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
-    Q = Q_beta, Q_alpha
-    short_bases = project(Q, bases)
-    short_new = {task: project(Q, pair) for task, pair in new.items()}
+    short_bases = Q_beta.T @ beta.double(), Q_alpha.T @ alpha.double()
+    short_new = {}
+    for task, (B, A_T) in new.items():
+        short_new[task] = Q_beta.T @ B.double(), Q_alpha.T @ A_T.double()
     # 2. Merge.
-    short, coefficients = merge_layer(short_bases, old, short_new, variance, k, stacking)
+    merged_bases, coefficients = merge_layer(short_bases, old, short_new, variance, k, stacking)
     # 3. Go back to n and d rows.
-    short_beta, short_alpha = short
-    long_bases = matmul64(Q_beta, short_beta).to(beta), matmul64(Q_alpha, short_alpha).to(alpha)
-    return long_bases, coefficients
+    merged_beta, merged_alpha = merged_bases
+    return ((Q_beta @ merged_beta).to(beta), (Q_alpha @ merged_alpha).to(alpha)), coefficients
 
 
 def orthonormal(matrices):
@@ -433,7 +434,8 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # accelerate may have left nn.Linear's forward on the object, hiding ShareLinear's
+            # check_linear lets one forward on the object pass: nn.Linear's, which accelerate leaves
+            # behind. It would hide ShareLinear's.
             vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
@@ -753,17 +755,17 @@ def squared_norm(adapter):
 
 
 def left_svd(X):
-    """U and S of the SVD X = U S V^T, by X X^T = U S² U^T or, if it is smaller, X^T X = V S² V^T.
+    """U and S of the SVD X = U S V^T, by way of X X^T or X^T X, whichever is smaller: it is faster.
 
-    With many columns that is faster than an SVD of X. Where S is small, U is not quite orthonormal.
+    Squaring costs half of the digits. A singular value below 1e-8 of the first one is noise, and
+    its column of U may be anything, even NaN. That is enough, as ROUNDING is 1e-6.
     """
-    is_wide = X.shape[0] < X.shape[1]
-    squares, vectors = torch.linalg.eigh(X @ X.T if is_wide else X.T @ X)  # the smallest first
+    if X.shape[0] < X.shape[1]:
+        squares, U = torch.linalg.eigh(X @ X.T)  # X X^T = U S² U^T, the smallest first
+        return U.flip(1), squares.flip(0).clamp(min=0).sqrt()
+    squares, V = torch.linalg.eigh(X.T @ X)  # X^T X = V S² V^T
     S = squares.flip(0).clamp(min=0).sqrt()
-    U_or_V = vectors.flip(1)
-    if is_wide:
-        return U_or_V, S
-    return X @ (U_or_V / S), S  # X V = U S. Where S is 0, U is NaN; main_directions leaves it out.
+    return X @ (V.flip(1) / S), S  # X V = U S
 
 
 def best_rank(eps, p):
@@ -806,15 +808,15 @@ def with_mean(basis, mean, m, rounding):
 def update_columns(B, A_T):
     """Ours: left (n, min(r, d)) and right (d, min(r, n)), in float64, which stand for ΔW = B A.
 
-    Many B and A have the same ΔW. With the QR A^T = Q R, ΔW = (B R^T) Q^T. As Q^T has orthonormal
-    rows, it changes neither left singular vectors nor singular values: left = B R^T has those of
-    ΔW. The other side likewise.
+        A^T = Q_A R_A (QR), and so  ΔW   = (B R_A^T) Q_A^T    with  left  = B R_A^T
+        B   = Q_B R_B (QR), and so  ΔW^T = (A^T R_B^T) Q_B^T  with  right = A^T R_B^T
+
+    Q_A^T has orthonormal rows, so left has the left singular vectors and the singular values of ΔW.
+    Many B and A have the same ΔW, but B has not. Likewise right has those of ΔW^T.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
-    left = B.double() @ R_A.T
-    right = A_T.double() @ R_B.T
-    return left, right
+    return B.double() @ R_A.T, A_T.double() @ R_B.T
 
 
 def update_stacks(pairs):
@@ -890,14 +892,15 @@ def mixed_batch(share, layer, tasks, x):
         raise ValueError(f"{len(tasks)} tasks are selected for a batch of {len(x)} samples")
     bases, coefficients, _ = share.held
     beta, alpha = bases[layer]
-    # The eps of each sample. They differ in p; None, or a task without this layer, has p = 0.
+    # The eps of each sample. They differ in p. None, or a task without this layer, has p = 0, and
+    # so ΔW x = 0, a sum over nothing.
     no_columns = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
     eps = [coefficients[layer].get(task, no_columns) for task in tasks]
     # Stack the eps^T (p, k) to (s, p, k). Where p is smaller, rows of zeros are added.
     eps_betas = nn.utils.rnn.pad_sequence([eps_beta.T for eps_beta, _ in eps], batch_first=True)
     eps_alphas = nn.utils.rnn.pad_sequence([eps_alpha.T for _, eps_alpha in eps], batch_first=True)
-    # ΔW x = beta eps_beta eps_alpha^T alpha^T x, from the right. In einsum s is the sample, k the
-    # direction of a basis, p the column of eps.
+    # ΔW x = beta eps_beta eps_alpha^T alpha^T x, from the right. In einsum s is the sample, p the
+    # column of eps, k the direction of a basis: of alpha first, then of beta.
     y = x.to(alpha.dtype) @ alpha  # (s, ..., kα)
     y = torch.einsum("s...k,spk->s...p", y, eps_alphas)  # (s, ..., p)
     y = torch.einsum("s...p,spk->s...k", y, eps_betas)  # (s, ..., kβ)
@@ -1102,7 +1105,7 @@ def write_whole(path, content):
         beside.unlink(missing_ok=True)
 
 
-# --- Using it with other tools
+# --- Using it with other tools: traps, for those who use them
 #
 # Weights
 # - state_dict() and save_pretrained() hold W0 only, whatever is selected. Save the share, too.
@@ -1122,9 +1125,8 @@ def write_whole(path, content):
 #   traced or exported model keeps the selection that it was made with.
 # - In a mixed batch the i-th task is that of the i-th sample as layers see it. Sort or repeat the
 #   tasks as the samples: encode() of sentence-transformers and length-grouped loaders sort them,
-#   beam search repeats each one for its beams. Before that, the encoder of an encoder-decoder has
-#   one row for each sample: call it with select(tasks), then generate(encoder_outputs=…) with the
-#   repeated tasks.
+#   beam search repeats each one for its beams. For an encoder-decoder: 1. select(tasks), 2. e =
+#   encoder(…), 3. select(each task num_beams times), 4. generate(encoder_outputs=e).
 # Learning
 # - Make optimizers, Trainers, DistributedDataParallel and moving averages in the block of learn,
 #   and load the best checkpoint before it ends.

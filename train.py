@@ -12,11 +12,15 @@ layer's weight (n, d), of rank p. The first tasks keep LoRA's rank, each later o
                                     temporary columns beside each basis
     phase 3  share.learn, its end   with phi > 0, the task's ΔW is merged into the bases
 
-Phase 1 puts the first tasks' factors side by side, [B1 B2 …] for beta and [A1^T A2^T …] for alpha.
-A basis has their main directions, by an SVD, as many as explain a given fraction of the variance.
-That is the paper's, stack="factors". Ours, stack="updates", has the ΔW, each divided by its norm,
-in place of the factors: many B and A have the same ΔW, but other main directions. The experiment
-has ours.
+Phase 1 puts columns of the first tasks side by side. A basis has the main directions of this stack,
+by an SVD, as many as explain a given fraction of its variance:
+
+                              for beta           for alpha
+    stack="factors", paper's  [B1 B2 …]          [A1^T A2^T …]      minus the mean column
+    stack="updates", ours     [ΔW1 ΔW2 …]        [ΔW1^T ΔW2^T …]    each ΔW divided by its norm
+
+With "factors", share.py adds the direction of the mean to the basis, which the paper does not. Ours
+does not depend on how a ΔW is split into B and A. All rows of the table have bases of ours.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -86,7 +90,7 @@ class Settings:
     lora_r1_lr: float = 2e-2  # of a LoRA of rank 1; the best of 5e-3, 1e-2, 2e-2 on seeds 0 to 4
     # Share; its learning rate is constant
     stack: str = "updates"  # what phase 1 stacks: "updates", ours, or "factors", the paper's
-    variance: float = 0.95  # the fraction of its variance that the bases explain
+    variance: float = 0.95  # the fraction of a stack's variance that its basis explains
     p: int = 1  # pseudo-rank: columns of a later task's coefficients
     general_p: int = 4  # columns of the one set of coefficients in share_general
     steps: int = 150  # per task
@@ -121,7 +125,9 @@ def make_batch(generator, keys, tags=None):
 
 def loss_fn(model, batch):
     tokens, answers = batch
-    logits = model(tokens)[:, KEY:, :LETTERS]  # the answer to a letter stands where the letter does
+    logits = model(tokens)[
+        :, KEY:, :LETTERS
+    ]  # no shift: the answer to a letter stands at the letter
     return F.cross_entropy(logits.flatten(0, 1), answers.flatten())
 
 
@@ -311,24 +317,24 @@ class Experiment:
         return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Phase 2 for task t, and with phi > 0 phase 3. Returns how many numbers were trained.
+        """Phase 2 for task t, then, with phi > 0, phase 3. Returns how many numbers were trained.
 
-        model: the base model with the share attached. The bases are frozen. Trained in each layer:
+        Phase 2 trains, in each layer of `model` (the base with the share attached):
 
-            eps_beta (kβ + phi, p), eps_alpha (kα + phi, p)  the task's coefficients
-            T_beta (n, phi), T_alpha (d, phi)                temporary columns beside beta and alpha
+            eps_beta (kβ + phi, p), eps_alpha (kα + phi, p)  coefficients
+            T_beta (n, phi), T_alpha (d, phi)                temporary columns beside the bases
 
-        Phase 3 then merges B = [beta T_beta] eps_beta and A, made likewise:
+        The end of the block then does one of these:
 
-            grow=True   ours: the bases get the directions of ΔW = B A that they lack
-            grow=False  the paper's: new bases of all tasks, as in phase 1; earlier ΔW may change
+            phi = 0              stores the coefficients; the bases stay as they were
+            phi > 0, grow=True   ours: adds to the bases what they lack of this ΔW
+            phi > 0, grow=False  the paper's phase 3: new bases, of all tasks
         """
         s = self.s
         seed = 100 * s.seed + t  # of the random start
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
             # In this block these numbers alone, as parameters of the model, require gradients.
             trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        # The end of the block has stored the task or, with phi > 0, merged it.
         return trained
 
     def selected_accuracies(self, share, model, tasks):
@@ -347,7 +353,8 @@ class Experiment:
             0 … 3   after LoRA has learned task 0 … 3, from lora_matrix
             4 … 11  after Share has learned task 4 … 11
 
-        No row is taken just after phase 1: what that loses counts as forgetting.
+        In rows 0 to 3 the first tasks still have LoRA's accuracy: what phase 1 loses of them counts
+        as forgetting.
         """
         model = share.attach(copy.deepcopy(self.base))
         known = len(share.tasks)
@@ -450,33 +457,37 @@ def check(methods):
         print(f"  {text:36}{value:8.3f}   from {least} to {most}")
         assert least <= value <= most, f"{text}: {value:.4f} is not between {least} and {most}"
 
-    share = methods["share"]
-    lora = methods["lora_per_task"]
-    ratio = lora["trained_per_task"] / share["trained_per_task"]
+    share_row = methods["share"]
+    lora_row = methods["lora_per_task"]
+    ratio = lora_row["trained_per_task"] / share_row["trained_per_task"]
     claim("LoRA's trained numbers / share's", ratio, least=100)
     claim("lora_sequential: forgetting", methods["lora_sequential"]["forgetting"], least=0.5)
     for name, most in (("share", 0.01), ("share_merge", 0.02), ("share_grow", 0.02)):
         if name in methods:  # the latter two with --all
-            claim(f"{name}: ACC / lora_per_task's", methods[name]["acc"] / lora["acc"], least=0.98)
+            ratio = methods[name]["acc"] / lora_row["acc"]
+            claim(f"{name}: ACC / lora_per_task's", ratio, least=0.98)
             claim(f"{name}: forgetting", methods[name]["forgetting"], most=most)
     if "random_basis" in methods:
-        claim("random_basis: ACC - share's", methods["random_basis"]["acc"] - share["acc"], most=0)
+        difference = methods["random_basis"]["acc"] - share_row["acc"]
+        claim("random_basis: ACC - share's", difference, most=0)
     if "share_routed" in methods:
         routed = methods["share_routed"]
-        claim("share_routed: ACC - share's", routed["acc"] - share["acc"], least=-0.01)
+        claim("share_routed: ACC - share's", routed["acc"] - share_row["acc"], least=-0.01)
         claim("share_routed: base accuracy kept", routed["base_kept"], least=0.95)
 
 
 def break_even(methods, other, first):
     """The least number of tasks, from `first` on, for which Share stores less than LoRAs do."""
-    share = methods["share"]
-    lora_each = methods[other]["trained_per_task"]  # LoRA, and a later task of Share's, store
-    share_each = share["trained_per_task"]  # what they train
+    share_row = methods["share"]
+    # A task stores what it trains, as LoRA and, unless it is one of the first, in Share.
+    share_each = share_row["trained_per_task"]
+    lora_each = methods[other]["trained_per_task"]
     if share_each >= lora_each:
         return None  # never
-    learned = len(share["accuracy_matrix"])  # how many tasks share["stored"] is for
+    # The rest of what Share stores: the bases, and what the first tasks have more.
+    fixed = share_row["stored"] - len(share_row["accuracy_matrix"]) * share_each
     tasks = first
-    while share["stored"] + (tasks - learned) * share_each >= tasks * lora_each:
+    while fixed + tasks * share_each >= tasks * lora_each:
         tasks += 1
     return tasks
 
@@ -523,7 +534,7 @@ class Router:
     @classmethod
     @torch.no_grad()
     def fit(cls, features):
-        """From {task: features (N, f)}, none of which is kept. Better many more samples than f.
+        """From {task: features (N, f)}, none of which is kept. In all better many more than f.
 
         The radius shall take in nearly all samples of a task, and nothing as far away as another:
 
@@ -535,13 +546,15 @@ class Router:
         samples = [x.double() for x in features.values()]
         residuals = torch.cat([leave_one_out_residuals(x) for x in samples])
         scale = whitening(residuals)
-        samples = [x @ scale for x in samples]
-        means = torch.stack([x.mean(0) for x in samples])
-        own = torch.quantile((residuals @ scale).norm(dim=1), 0.98)
+        scaled = [x @ scale for x in samples]
+        means = torch.stack([x.mean(0) for x in scaled])
+        to_own = (residuals @ scale).norm(dim=1)
+        own = torch.quantile(to_own, 0.98)
         radius = own
         if len(samples) > 1:
-            other = torch.quantile(distances_to_others(samples, means), 0.02)
-            radius = torch.maximum(own, (own + other) / 2)
+            other = torch.quantile(distances_to_others(scaled, means), 0.02)
+            if other > own:
+                radius = (own + other) / 2
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -569,8 +582,8 @@ def check_features(features):
 def whitening(residuals):
     """A matrix M (f, f) with which ‖r M‖ is the Mahalanobis distance √(r C^-1 r^T), for rows r.
 
-    C is the covariance of residuals (N, f), which add up to 0, but shrunk: what is off the diagonal
-    is multiplied by 0.9, the diagonal stays. By few samples alone, some directions would seem to
+    C is the covariance of the rows of residuals (N, f). Their mean is 0, so none is subtracted. Off
+    the diagonal it is multiplied by 0.9: with few samples, some directions would otherwise seem to
     have almost no variance.
     """
     covariance = residuals.T @ residuals / len(residuals)
@@ -603,7 +616,7 @@ def distances_between(x, means):
 
 
 def average(share, tasks, name, p=None):
-    """A new task: the best rank-p fit to the mean of the tasks' ΔW; p None: the mean itself.
+    """Add a task: the mean of the tasks' ΔW, cut to the best fit of rank p; p None does not cut.
 
     Coefficients cannot be averaged, as (B, A) and (-B, -A) are the same ΔW. But the mean of ΔW is
 
@@ -809,8 +822,8 @@ def load_and_merge_as_published(path, adapter):
 def new_coefficients(columns, k):
     """One side of the paper's phase 3: columns (n, m) -> their coefficients (k, m) in a new basis.
 
-    As published, the basis is that of the centred columns, but the columns are projected as they
-    are: the part of the mean column that is outside of the basis is lost.
+    As published: the basis is that of the columns minus their mean, but the columns themselves are
+    projected, so what the basis lacks of the mean is lost. share.py keeps it.
     """
     centred = columns - columns.mean(1, keepdim=True)
     U, _, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -859,7 +872,7 @@ PEFT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Options that `save_peft` leaves out:
 PEFT_DROPPED = ["eva_config", "corda_config", "loftq_config"]  # of the start of training
 PEFT_DROPPED += ["rank_pattern", "alpha_pattern"]  # all layers get one rank, and scaling 1
-PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]  # beside a pattern
+PEFT_DROPPED += ["exclude_modules", "layers_to_transform", "layers_pattern"]  # all are named
 PEFT_NAME = r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>A|B)(?:\.default)?\.weight"
 
 
