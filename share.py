@@ -26,9 +26,9 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. By default there are these:
-- Phase 1: a basis has one more column, the direction of the mean of all columns (with_mean).
-- Phase 2 with phi > 0: the learned task adds directions to the bases; no phase 3 follows (grow).
-- Phase 3: a basis keeps its size at least, unless its tasks have a lower rank (keep_size).
+- Phase 1: a basis has one more column if the mean of all columns lies outside of it (with_mean).
+- Phase 2 with phi > 0: the new task adds directions to the bases, in place of phase 3 (grow).
+- Phase 3: a basis keeps its size at least, unless its tasks have a lower rank (least).
 """
 
 import contextlib
@@ -53,9 +53,12 @@ ROUNDING = 1e-6  # relative size below which a singular value or a column counts
 #
 #     share.bases                      {layer: (beta, alpha)}
 #     share.coefficients               {layer: {task: (eps_beta, eps_alpha)}}
+#     share.variance, share.stacking   settings of phase 1, for phase 3
 #     share.selected                   the task whose ΔW is added in forward
+#     share.factors(layer, task)       (B, A), by lora_factors or, in learn, by learned_factors
 #     share._pairs_by_layer(adapters)  {layer: {task: (B, A^T)}}, checked
-#     share._store(…)                  takes in the bases and coefficients that a phase has made
+#     share._start, share._resume      the parameters of a task at the start of phase 2
+#     share._keep, share._store        take in what phase 2, and what phases 1 and 3 have made
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -126,7 +129,7 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
     variance, k: see `build_basis`. stacking: the paper's "factors", or "updates", ours.
-    least, ours: in a merge, the sizes that beta and alpha keep at least, see `keep_size`.
+    least, ours: in a merge, the sizes that beta and alpha keep at least.
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
     if stacking == "factors":  # the paper's
@@ -136,24 +139,23 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
         Bs, A_Ts = update_stacks(pairs)
     # 2. Take the main directions of each.
     centre = stacking == "factors"  # the mean of ours says nothing, see update_stacks
-    beta = build_basis(Bs, variance, k, centre=centre)
-    alpha = build_basis(A_Ts, variance, k, centre=centre)
-    beta = keep_size(beta, Bs, least[0])  # ours; least is 0 in phase 1, and nothing happens
-    alpha = keep_size(alpha, A_Ts, least[1])
+    beta = build_basis(Bs, variance, k, centre=centre, least=least[0])
+    alpha = build_basis(A_Ts, variance, k, centre=centre, least=least[1])
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project((beta, alpha), pair) for task, pair in pairs.items()}
     return (beta, alpha), coefficients
 
 
-def build_basis(stack, variance=0.6, k=None, *, centre=True):
+def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
     The paper: subtract the mean column, and take the fewest directions that explain the fraction
     `variance` of the rest. Ours:
     - add the direction of the mean, see `with_mean`;
     - centre=False: subtract no mean, and add none;
-    - k, in place of variance: take the first k directions, or fewer. No mean is subtracted here,
-      whatever `centre` is, so that they hold as much of the stack as k directions can.
+    - k, in place of variance: take the first k directions, or fewer, of the stack as it is. They
+      hold as much of it as k directions can. `centre` does not matter.
+    - least, in a merge: if by variance there are fewer, take `least` directions as with k.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -166,6 +168,8 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
         basis = with_mean(basis, mean, X.shape[1], rounding)  # ours
     else:  # ours
         basis = main_directions(X, rounding, variance, k)
+    if basis.shape[1] < least:  # ours, in a merge only
+        basis = main_directions(X, rounding, k=least)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -174,15 +178,15 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    U, S = left_svd(X)
+    directions, S = left_directions(X)
+    rank = int(S.gt(rounding).sum())
+    directions, S = directions[:, :rank], S[:rank]
     if k is None:
         explained = (S**2).cumsum(0)  # by the first direction, by the first two, …
         wanted = (variance - 1e-12) * (S**2).sum()  # 1e-12: rounding may make 0.6 of it 0.59999…
         too_few = explained < wanted
         k = int(too_few.sum()) + 1  # explained 0.5, 0.8, 1.0, and 0.6 is wanted: k = 1 + 1
-    rank = int(S.gt(rounding).sum())
-    # left_svd is quick, but its U is not exactly orthonormal. QR makes it so.
-    return orthonormal([U[:, : min(k, rank)]])
+    return orthonormal([directions[:, :k]])
 
 
 def project(bases, pair):
@@ -224,7 +228,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     grow: how, with phi > 0, the task is merged afterwards. False: by the paper's phase 3, which may
     lose much of it, see `retained`. True (ours): each basis gains the directions of the task's ΔW
     that it does not contain yet, p at most, and nothing is lost.
-    finetune (ours): go on training a task that exists. Its p stays, and phi has to be 0.
+    finetune (ours): go on training a task that exists. Its p stays, phi has to be 0, and
+    `retained` starts at 1 again.
     """
     # 1. Start, in each layer, with the parameters that start_layer makes. Ours, with finetune: with
     #    the coefficients that the task has.
@@ -287,9 +292,9 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     Earlier tasks may lose a part, see `retained`.
     variance: see `build_basis`; None is the share's. Ours: no basis gets smaller, unless its tasks
     span fewer directions, as after `remove`.
-    k, ours: in place of variance, the new size. The next merge does not remember it.
-    grow=True, ours: bases and earlier tasks stay, and directions are added. variance and k are then
-    those of what is added, see `grow_layer`.
+    k, ours: in place of variance, the new size. Later merges by variance keep at least this size.
+    grow=True, ours: bases and earlier tasks stay, and directions are added: with variance=1.0 all
+    that the new ΔW lack, see `grow_layer`.
     """
     variance = share.variance if variance is None else variance
     check_numbers(variance, k=k)
@@ -301,14 +306,14 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, k, share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], old, new, variance, k)
-        else:  # phase 3, as in the next function, merge_layer. This one calls it on short columns
+        else:  # phase 3: merge_layer, the next function, which merge_short calls, for speed
             merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
 
 def merge_layer(bases, old, new, variance, k, stacking):
-    """Phase 3 for one layer: its new bases, and the coefficients of all tasks in them, in float64.
+    """Phase 3 for one layer: its new bases, and the coefficients of all tasks in them.
 
     old: {task: (eps_beta, eps_alpha)} in the bases. new: {task: (B, A^T)}.
     """
@@ -321,32 +326,23 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = B, A_T
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: without a k, no basis gets smaller.
+    # 3. Phase 1 again. Ours: by variance, no basis gets smaller. Most of a stack is what the last
+    #    merge has kept, and a variance of 0.6 would leave 60 % of 60 % of 60 % …
     least = (beta.shape[1], alpha.shape[1]) if k is None else (0, 0)
     return build_layer(pairs, variance, k, stacking, least)
 
 
 # --- Part 2, everything else. Behind merge
-def keep_size(basis, stack, least):
-    """Ours: in a merge by variance, a basis of at least `least` columns, its size before.
-
-    Why: most of the stack is what the last merge has kept, of which a variance of 0.6 would keep
-    60 %, and the next merge 60 % of that, and so on.
-    How: a basis that is too narrow is dropped. The first `least` directions of the stack, mean
-    included, take its place. No basis of that size holds more of the stack.
-    """
-    if basis.shape[1] < least:  # never in phase 1, where least is 0
-        return build_basis(stack, k=least)
-    return basis
-
-
 def merge_short(bases, old, new, variance, k, stacking):
-    """merge_layer on short columns: the same result up to signs and rounding, but faster.
+    """merge_layer with a small q in place of n and d: the same but for signs, and faster.
 
-    All B's, old and new, lie in the span of beta and the new B's. Let Q (n, q) be an orthonormal
-    basis of it: q is 40 for kβ = 32 and one new adapter of rank 8, whatever n. So B = Q B' with the
-    short B' = Q^T B, whose columns have the same norms and inner products, and the mean Q^T mean.
-    Therefore phase 1 of the B' gives the same coefficients, and Q times its basis. A^T likewise.
+    Let Q (n, q) be an orthonormal basis of beta and the new B's: q is 40 for kβ = 32 and one new
+    adapter of rank 8, whatever n. All B's, old and new, are combinations of its columns. So
+    Q Q^T B = B, and the short Q^T B stands for B. In phase 1,
+    - the mean of the short columns is Q^T times the mean;
+    - if U are left singular vectors of the short columns, Q U are those of the long ones, with the
+      same singular values, and so with the same k;
+    - the coefficients are the same: (Q U)^T B = U^T (Q^T B). A^T likewise.
     """
     # 1. Shorten. The old eps stay as they are, as Q^T (beta eps) = (Q^T beta) eps.
     beta, alpha = bases
@@ -434,8 +430,8 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # check_linear lets one forward on the object pass: nn.Linear's, which accelerate leaves
-            # behind. It would hide ShareLinear's.
+            # accelerate may leave nn.Linear's forward on the object itself, where Python would find
+            # it before ShareLinear's.
             vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
@@ -754,18 +750,20 @@ def squared_norm(adapter):
     return total
 
 
-def left_svd(X):
-    """U and S of the SVD X = U S V^T, by way of X X^T or X^T X, whichever is smaller: it is faster.
+def left_directions(X):
+    """The left singular vectors of X, but for their length, and the singular values.
 
-    Squaring costs half of the digits. A singular value below 1e-8 of the first one is noise, and
-    its column of U may be anything, even NaN. That is enough, as ROUNDING is 1e-6.
+    With X = U S V^T, X X^T = U S² U^T and X^T X = V S² V^T, and X V = U S. The smaller one of them
+    is faster than an SVD of X. It makes noise of singular values below 1e-8 of the first: that is
+    enough, as ROUNDING is 1e-6.
     """
     if X.shape[0] < X.shape[1]:
-        squares, U = torch.linalg.eigh(X @ X.T)  # X X^T = U S² U^T, the smallest first
-        return U.flip(1), squares.flip(0).clamp(min=0).sqrt()
-    squares, V = torch.linalg.eigh(X.T @ X)  # X^T X = V S² V^T
-    S = squares.flip(0).clamp(min=0).sqrt()
-    return X @ (V.flip(1) / S), S  # X V = U S
+        squares, U = torch.linalg.eigh(X @ X.T)  # the smallest one first
+        directions = U.flip(1)
+    else:
+        squares, V = torch.linalg.eigh(X.T @ X)
+        directions = X @ V.flip(1)
+    return directions, squares.flip(0).clamp(min=0).sqrt()
 
 
 def best_rank(eps, p):
@@ -784,8 +782,8 @@ def best_rank(eps, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # A singular value that should be 0 comes out near 1e-8 S[0], if the eps are float32. Each side
-    # would get its root: 1e-4 of the largest one, which a later merge would take for a direction.
+    # Of float32 eps, a true 0 comes out as about 1e-8 S[0]. Set it to 0 before the root, which
+    # would make 1e-4 of it: a column that a later merge would take for a direction.
     S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -812,7 +810,7 @@ def update_columns(B, A_T):
         B   = Q_B R_B (QR), and so  ΔW^T = (A^T R_B^T) Q_B^T  with  right = A^T R_B^T
 
     Q_A^T has orthonormal rows, so left has the left singular vectors and the singular values of ΔW.
-    Many B and A have the same ΔW, but B has not. Likewise right has those of ΔW^T.
+    B has not: B M and M^-1 A have the same ΔW for any invertible M. right has those of ΔW^T.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
@@ -854,8 +852,8 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. With variance 1, beta spans the columns of ΔW and alpha its rows. So
-    #    projecting loses nothing of ΔW, though B and A alone may change.
+    # 3. Project the new tasks. With variance 1, beta spans the columns of ΔW and alpha its rows, so
+    #    beta beta^T ΔW alpha alpha^T = ΔW. (B may change where A has dependent rows.)
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -912,8 +910,8 @@ def mixed_batch(share, layer, tasks, x):
 def training(share, model, task, trained):
     """For a block, the task is selected and its {layer: nn.ParameterDict} alone can train.
 
-    The same parameters are in two places. In linear.learned, model.parameters() finds them, and so
-    does an optimizer. In share.trained, `Share.factors` finds them, and so does forward.
+    These ParameterDicts are found in two ways: as linear.learned, a submodule, by model.to() and
+    model.parameters(); in share.trained by `Share.factors`, and so by forward.
     """
     share._check_idle()
     check_unwrapped(model)
@@ -1130,9 +1128,9 @@ def write_whole(path, content):
 # Learning
 # - Make optimizers, Trainers, DistributedDataParallel and moving averages in the block of learn,
 #   and load the best checkpoint before it ends.
-# - fully_shard replaces the parameters that learn yields: call it in the block, and then train
-#   those of model.parameters() that require gradients. An attached model that is sharded can serve
-#   tasks, but not learn one. Tensor parallelism and nn.DataParallel do not work at all.
+# - fully_shard replaces parameters by parts of them, and knows none that are added later. So learn
+#   refuses a model that is sharded already. Call it in the block, and then train those of
+#   model.parameters() that require gradients. Tensor parallelism and nn.DataParallel do not work.
 # - A head that trains along is yours: unfreeze it in the block, copy it for each task, put it back.
 # - To give a learned task extras: reconstruct it, set them, remove it, add it.
 # - Call eval() on BatchNorm layers: in training mode a task would adapt to the statistics of each
