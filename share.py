@@ -48,8 +48,8 @@ from torch.nn import functional as F
 ROUNDING = 1e-6  # relative size below which a singular value or a column counts as 0
 
 
-# --- Part 1, the paper. `share` is a Share, a class of Part 2, which keeps bases and coefficients
-# and has from_adapters, learn and merge as methods. These are used of it here:
+# --- Part 1, the paper. `share` is an object of class Share, see below, which keeps bases and
+# coefficients, and has from_adapters, learn and merge as methods. Of it, the paper needs this:
 #
 #     share.bases                      {layer: (beta, alpha)}
 #     share.coefficients               {layer: {task: (eps_beta, eps_alpha)}}
@@ -825,14 +825,13 @@ def update_stacks(pairs):
     mean, but not their main directions.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
-    norms = [float(left.norm()) for left, _ in updates]  # ‖left‖ = ‖right‖ = ‖ΔW‖
-    # Not divided by less than this, which may be rounding. (1e-300: all ΔW may be 0.)
-    floor = max(ROUNDING * max(norms), 1e-300)
+    largest = max([float(left.norm()) for left, _ in updates])  # ‖left‖ = ‖right‖ = ‖ΔW‖
     lefts = []
     rights = []
-    for (B, A_T), (left, right), norm in zip(pairs.values(), updates, norms, strict=True):
-        lefts.append((left / max(norm, floor)).to(B.dtype))
-        rights.append((right / max(norm, floor)).to(A_T.dtype))
+    for (B, A_T), (left, right) in zip(pairs.values(), updates, strict=True):
+        norm = max(float(left.norm()), ROUNDING * largest, 1e-300)  # 1e-300: all ΔW may be 0
+        lefts.append((left / norm).to(B.dtype))
+        rights.append((right / norm).to(A_T.dtype))
     return torch.cat(lefts, dim=1), torch.cat(rights, dim=1)
 
 
