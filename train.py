@@ -6,11 +6,11 @@ layer's weight (n, d), of rank p. The first tasks keep LoRA's rank, each later o
 
     ΔW = B A  with  B = beta eps_beta  and  A = (alpha eps_alpha)^T
 
-    phase 1  Share.from_adapters    the LoRA adapters of the first tasks make the bases and get
-                                    coefficients: eps_beta = beta^T B, eps_alpha = alpha^T A^T
-    phase 2  share.learn            each later task trains its coefficients; with phi > 0 also phi
-                                    temporary columns beside each basis
-    phase 3  share.learn, its end   with phi > 0, the task's ΔW is merged into the bases
+    phase 1  Share.from_adapters   the LoRA adapters of the first tasks make the bases and get
+                                   coefficients: eps_beta = beta^T B, eps_alpha = alpha^T A^T
+    phase 2  share.learn           each later task trains its coefficients; the bases are frozen
+    phase 3  the end of learn,     bases change to take in a new ΔW. Of use if phase 2 has phi > 0:
+             or share.merge        it then trains phi temporary columns beside each basis, too
 
 Phase 1 puts columns of the first tasks side by side. A basis has the main directions of this stack,
 by an SVD, as many as explain a given fraction of its variance:
@@ -20,7 +20,8 @@ by an SVD, as many as explain a given fraction of its variance:
     stack="updates", ours     [ΔW1 ΔW2 …]        [ΔW1^T ΔW2^T …]    each ΔW divided by its norm
 
 With "factors", share.py adds the direction of the mean to the basis, which the paper does not. Ours
-does not depend on how a ΔW is split into B and A. All rows of the table have bases of ours.
+does not depend on how a ΔW is split into B and A, and is what the table of results has. To read the
+method alone, read `compare`, `Experiment.learn_tasks` and `Experiment.learn_task`.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -103,8 +104,8 @@ QUICK = dict(width=64, base_steps=100, first=2, later=2, lora_steps=40, steps=40
 # --- The data, the loss and the base model
 # Each stream of prompts has a generator of its own, with the seed 100 * seed + stream:
 #     0, 1, …    training on task 0, 1, …; the next number: on all tasks at once
-#     98         pre-training
-#     99         the keys and the tests
+#     98         pre-training, and a test of it
+#     99         the keys and the tests of the tasks
 PRETRAINING = 98
 KEYS_AND_TESTS = 99
 
@@ -125,9 +126,7 @@ def make_batch(generator, keys, tags=None):
 
 def loss_fn(model, batch):
     tokens, answers = batch
-    logits = model(tokens)[
-        :, KEY:, :LETTERS
-    ]  # no shift: the answer to a letter stands at the letter
+    logits = model(tokens)[:, KEY:, :LETTERS]  # the answer to a letter stands where it does
     return F.cross_entropy(logits.flatten(0, 1), answers.flatten())
 
 
@@ -319,16 +318,20 @@ class Experiment:
     def learn_task(self, share, model, t, p, phi=0, grow=True):
         """Phase 2 for task t, then, with phi > 0, phase 3. Returns how many numbers were trained.
 
-        Phase 2 trains, in each layer of `model` (the base with the share attached):
+        Phase 2 trains, in each layer of `model` (the base with the share attached), coefficients
+        and temporary columns T, from a random start:
 
-            eps_beta (kβ + phi, p), eps_alpha (kα + phi, p)  coefficients
-            T_beta (n, phi), T_alpha (d, phi)                temporary columns beside the bases
+            ΔW = B A  with  B = [beta T_beta] eps_beta  and  A = ([alpha T_alpha] eps_alpha)^T
+
+            eps_beta (kβ + phi, p), eps_alpha (kα + phi, p), T_beta (n, phi), T_alpha (d, phi)
 
         The end of the block then does one of these:
 
-            phi = 0              stores the coefficients; the bases stay as they were
-            phi > 0, grow=True   ours: adds to the bases what they lack of this ΔW
-            phi > 0, grow=False  the paper's phase 3: new bases, of all tasks
+            phi = 0              the coefficients are stored; the bases stay as they were
+            phi > 0, grow=True   ours: each basis gets the directions of ΔW that it lacks, and the
+                                 task coefficients in the larger bases; no other ΔW changes
+            phi > 0, grow=False  the paper's: phase 1 again, of all tasks' B and A, rebuilt from
+                                 their coefficients, beside the new ones; any ΔW may change
         """
         s = self.s
         seed = 100 * s.seed + t  # of the random start
@@ -477,15 +480,18 @@ def check(methods):
 
 
 def break_even(methods, other, first):
-    """The least number of tasks, from `first` on, for which Share stores less than LoRAs do."""
+    """The least number of tasks, from `first` on, for which Share stores less than LoRAs do.
+
+    For n tasks LoRAs store n lora_each, Share fixed + n share_each: `fixed` are the bases, and what
+    the first tasks, of rank r, store more than later ones. None: never.
+    """
     share_row = methods["share"]
-    # A task stores what it trains, as LoRA and, unless it is one of the first, in Share.
-    share_each = share_row["trained_per_task"]
+    share_each = share_row["trained_per_task"]  # a later task stores what it trains
     lora_each = methods[other]["trained_per_task"]
     if share_each >= lora_each:
-        return None  # never
-    # The rest of what Share stores: the bases, and what the first tasks have more.
-    fixed = share_row["stored"] - len(share_row["accuracy_matrix"]) * share_each
+        return None
+    learned = len(share_row["accuracy_matrix"])  # how many tasks "stored" is for
+    fixed = share_row["stored"] - learned * share_each
     tasks = first
     while fixed + tasks * share_each >= tasks * lora_each:
         tasks += 1
@@ -538,9 +544,9 @@ class Router:
 
         The radius shall take in nearly all samples of a task, and nothing as far away as another:
 
-        own     98 % of samples are nearer than this to the mean of the other samples of their task
-        other   98 % of samples are farther than this from the means of all other tasks
-        radius  half-way between; own, if other is smaller (tasks overlap) or there is one task
+        own     98 % of samples are nearer to their task's mean, made without the sample
+        other   98 % of samples are farther from the nearest mean of another task
+        radius  half-way between, but at least own
         """
         check_features(features)
         samples = [x.double() for x in features.values()]
@@ -550,11 +556,10 @@ class Router:
         means = torch.stack([x.mean(0) for x in scaled])
         to_own = (residuals @ scale).norm(dim=1)
         own = torch.quantile(to_own, 0.98)
-        radius = own
+        other = own  # if there is one task only
         if len(samples) > 1:
             other = torch.quantile(distances_to_others(scaled, means), 0.02)
-            if other > own:
-                radius = (own + other) / 2
+        radius = (own + torch.maximum(own, other)) / 2
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -582,9 +587,8 @@ def check_features(features):
 def whitening(residuals):
     """A matrix M (f, f) with which ‖r M‖ is the Mahalanobis distance √(r C^-1 r^T), for rows r.
 
-    C is the covariance of the rows of residuals (N, f). Their mean is 0, so none is subtracted. Off
-    the diagonal it is multiplied by 0.9: with few samples, some directions would otherwise seem to
-    have almost no variance.
+    C is the covariance of residuals (N, f), whose mean is 0, moved by a tenth towards its diagonal:
+    with few samples, some directions would otherwise seem to have almost no variance.
     """
     covariance = residuals.T @ residuals / len(residuals)
     variances = covariance.diagonal()
@@ -621,7 +625,6 @@ def average(share, tasks, name, p=None):
     Coefficients cannot be averaged, as (B, A) and (-B, -A) are the same ΔW. But the mean of ΔW is
 
         (B1 A1 + B2 A2 + … + Bn An) / n = ([B1 B2 … Bn] / n) [A1; A2; …; An]
-
     """
     adapters = [share.reconstruct(task) for task in tasks]
     factors = {}
@@ -631,7 +634,8 @@ def average(share, tasks, name, p=None):
         if pairs:
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
-    if p is None:  # the largest k: no ΔW in the bases has a higher rank, so nothing is cut
+    if p is None:
+        # A ΔW in the bases has at most the rank kβ, and kα. So the largest k of all cuts nothing.
         sizes = [basis.shape[1] for bases in share.bases.values() for basis in bases]
         p = max([1] + sizes)  # 1, if all are empty
     share.add(name, Adapter(factors), p)
@@ -724,11 +728,13 @@ def sweep(s):
         lora, _ = e.train_lora("lora_per_task", t, s.r, s.lora_lr)
         adapters[name] = lora_adapter(lora)
     print(SWEEP_LEGEND)
+    # Which variance, stack and p, beside random bases of the same sizes?
     for variance, stack in itertools.product((0.6, 0.9), ("factors", "updates")):
         built = Share.from_adapters(adapters, variance=variance, stack=stack)
         for p in (1, 4):
             ablation(e, built, p)
             ablation(e, random_bases(built, s.seed), p)
+    # From how many first tasks on do bases do without temporary columns?
     for count in sorted({1, 2, s.first}):
         some = {name: adapters[name] for name in e.names[:count]}
         built = Share.from_adapters(some, variance=s.variance, stack=s.stack)
