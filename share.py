@@ -25,10 +25,10 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     print(share.retained())  # the part of each ‖ΔW‖² that is left: with variance=1.0 all of it
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
-Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. By default there are these:
-- Phase 1: a basis has one more column if the mean of all columns lies outside of it (with_mean).
+Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are default:
+- Phases 1 and 3: a basis gets one more column if the mean of all columns lies outside (with_mean).
 - Phase 2 with phi > 0: the new task adds directions to the bases, in place of phase 3 (grow).
-- Phase 3: a basis keeps its size at least, unless its tasks have a lower rank (least).
+- Phase 3: a basis keeps its size at least, unless its tasks have a lower rank (keep_size).
 """
 
 import contextlib
@@ -48,17 +48,15 @@ from torch.nn import functional as F
 ROUNDING = 1e-6  # relative size below which a singular value or a column counts as 0
 
 
-# --- Part 1, the paper. `share` is an object of class Share, see below, which keeps bases and
-# coefficients, and has from_adapters, learn and merge as methods. Of it, the paper needs this:
+# --- Part 1, the paper. `share` is an object of class Share, see below. It has from_adapters, learn
+# and merge as methods, and keeps this:
 #
-#     share.bases                      {layer: (beta, alpha)}
-#     share.coefficients               {layer: {task: (eps_beta, eps_alpha)}}
-#     share.variance, share.stacking   settings of phase 1, for phase 3
-#     share.selected                   the task whose ΔW is added in forward
-#     share.factors(layer, task)       (B, A), by lora_factors or, in learn, by learned_factors
-#     share._pairs_by_layer(adapters)  {layer: {task: (B, A^T)}}, checked
-#     share._start, share._resume      the parameters of a task at the start of phase 2
-#     share._keep, share._store        take in what phase 2, and what phases 1 and 3 have made
+#     share.bases                     {layer: (beta, alpha)}
+#     share.coefficients              {layer: {task: (eps_beta, eps_alpha)}}
+#     share.variance, share.stacking  settings of phase 1, for phase 3
+#     share.selected                  the task whose ΔW is added in forward
+#
+# Its methods with _ check arguments and write this; they hold nothing of the method.
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -129,24 +127,27 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
 
     pairs: {task: (B (n, r), A^T (d, r))}. A is transposed, so that both sides are columns.
     variance, k: see `build_basis`. stacking: the paper's "factors", or "updates", ours.
-    least, ours: in a merge, the sizes that beta and alpha keep at least.
+    least, ours: in a merge, the sizes that beta and alpha keep at least, see `keep_size`.
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
     if stacking == "factors":  # the paper's
         Bs = torch.cat([B for B, _ in pairs.values()], dim=1)
         A_Ts = torch.cat([A_T for _, A_T in pairs.values()], dim=1)
+        centre = True
     else:  # ours
         Bs, A_Ts = update_stacks(pairs)
+        centre = False
     # 2. Take the main directions of each.
-    centre = stacking == "factors"  # the mean of ours says nothing, see update_stacks
-    beta = build_basis(Bs, variance, k, centre=centre, least=least[0])
-    alpha = build_basis(A_Ts, variance, k, centre=centre, least=least[1])
+    beta = build_basis(Bs, variance, k, centre=centre)
+    alpha = build_basis(A_Ts, variance, k, centre=centre)
+    beta = keep_size(beta, Bs, least[0])  # ours; in phase 1, least is 0 and nothing happens
+    alpha = keep_size(alpha, A_Ts, least[1])
     # 3. Project the factors of each task onto the bases.
     coefficients = {task: project((beta, alpha), pair) for task, pair in pairs.items()}
     return (beta, alpha), coefficients
 
 
-def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
+def build_basis(stack, variance=0.6, k=None, *, centre=True):
     """Orthonormal basis (n, k) of the main directions of a stack of columns (n, m).
 
     The paper: subtract the mean column, and take the fewest directions that explain the fraction
@@ -155,7 +156,6 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
     - centre=False: subtract no mean, and add none;
     - k, in place of variance: take the first k directions, or fewer, of the stack as it is. They
       hold as much of it as k directions can. `centre` does not matter.
-    - least, in a merge: if by variance there are fewer, take `least` directions as with k.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -168,8 +168,6 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True, least=0):
         basis = with_mean(basis, mean, X.shape[1], rounding)  # ours
     else:  # ours
         basis = main_directions(X, rounding, variance, k)
-    if basis.shape[1] < least:  # ours, in a merge only
-        basis = main_directions(X, rounding, k=least)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -178,14 +176,15 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    directions, S = left_directions(X)
+    directions, S = left_directions(X)  # as an SVD gives them, but for the directions' lengths
     rank = int(S.gt(rounding).sum())
     directions, S = directions[:, :rank], S[:rank]
     if k is None:
-        explained = (S**2).cumsum(0)  # by the first direction, by the first two, …
+        # Say that the first direction explains 0.5, the first two 0.8, and 0.6 is wanted. Then one
+        # direction is too few, and k is 2.
+        explained = (S**2).cumsum(0)
         wanted = (variance - 1e-12) * (S**2).sum()  # 1e-12: rounding may make 0.6 of it 0.59999…
-        too_few = explained < wanted
-        k = int(too_few.sum()) + 1  # explained 0.5, 0.8, 1.0, and 0.6 is wanted: k = 1 + 1
+        k = 1 + int((explained < wanted).sum())
     return orthonormal([directions[:, :k]])
 
 
@@ -227,7 +226,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     phi: temporary columns beside each basis: 0, or less than the largest k.
     grow: how, with phi > 0, the task is merged afterwards. False: by the paper's phase 3, which may
     lose much of it, see `retained`. True (ours): each basis gains the directions of the task's ΔW
-    that it does not contain yet, p at most, and nothing is lost.
+    that it does not contain yet, min(p, phi) at most, and nothing is lost.
     finetune (ours): go on training a task that exists. Its p stays, phi has to be 0, and
     `retained` starts at 1 again.
     """
@@ -244,7 +243,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     if phi == 0:
         share._keep(task, ends)
         return
-    # 4. The temporary columns are in no basis. So merge B and A, made of them, as a new adapter.
+    # 4. With phi > 0: the temporary columns are in no basis. So merge B and A as a new adapter.
     factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
     if grow:  # ours: nothing is lost
         share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
@@ -306,8 +305,10 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, k, share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], old, new, variance, k)
-        else:  # phase 3: merge_layer, the next function, which merge_short calls, for speed
-            merged = merge_short(share.bases[layer], old, new, variance, k, share.stacking)
+        else:  # phase 3; the columns are shortened for speed only
+            Q, short_bases, short_new = shorten(share.bases[layer], new)
+            merged = merge_layer(short_bases, old, short_new, variance, k, share.stacking)
+            merged = lengthen(Q, merged, share.bases[layer])
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
@@ -326,37 +327,50 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = B, A_T
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: by variance, no basis gets smaller. Most of a stack is what the last
-    #    merge has kept, and a variance of 0.6 would leave 60 % of 60 % of 60 % …
+    # 3. Phase 1 again. Ours: by variance, no basis gets smaller.
     least = (beta.shape[1], alpha.shape[1]) if k is None else (0, 0)
     return build_layer(pairs, variance, k, stacking, least)
 
 
 # --- Part 2, everything else. Behind merge
-def merge_short(bases, old, new, variance, k, stacking):
-    """merge_layer with a small q in place of n and d: the same but for signs, and faster.
+def keep_size(basis, stack, least):
+    """Ours: in a merge by variance, a basis of at least `least` columns, its size before.
 
-    Let Q (n, q) be an orthonormal basis of beta and the new B's: q is 40 for kβ = 32 and one new
-    adapter of rank 8, whatever n. All B's, old and new, are combinations of its columns. So
-    Q Q^T B = B, and the short Q^T B stands for B. In phase 1,
-    - the mean of the short columns is Q^T times the mean;
-    - if U are left singular vectors of the short columns, Q U are those of the long ones, with the
-      same singular values, and so with the same k;
-    - the coefficients are the same: (Q U)^T B = U^T (Q^T B). A^T likewise.
+    Why: most of the stack is what the last merge has kept, and a variance of 0.6 would leave 60 %
+    of it, merge by merge.
+    How: a basis that is too narrow is dropped. The first `least` directions of the stack, without
+    subtracting the mean, take its place. No basis of that size holds more of the stack.
     """
-    # 1. Shorten. The old eps stay as they are, as Q^T (beta eps) = (Q^T beta) eps.
+    if basis.shape[1] < least:  # never in phase 1, where least is 0
+        return build_basis(stack, k=least)
+    return basis
+
+
+def shorten(bases, new):
+    """Q, and the bases and the new adapters {task: (B, A^T)} with Q^T before them, in float64.
+
+    All B's, old and new, lie in the span of beta and the new B's. Q (n, q) is an orthonormal basis
+    of it: q is 40 for kβ = 32 and one new adapter of rank 8, whatever n. So B = Q b with the short
+    b = Q^T B, and nothing is lost. An SVD does not see Q: if b = U S V^T, then B = (Q U) S V^T.
+    Means and norms do not, either. So merge_layer makes of short columns the same coefficients, and
+    bases to which `lengthen` brings back Q. A^T likewise, with a Q of its own.
+    """
     beta, alpha = bases
-    Q_beta = orthonormal([beta] + [B for B, _ in new.values()])  # (n, q)
+    Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
     short_bases = Q_beta.T @ beta.double(), Q_alpha.T @ alpha.double()
     short_new = {}
     for task, (B, A_T) in new.items():
         short_new[task] = Q_beta.T @ B.double(), Q_alpha.T @ A_T.double()
-    # 2. Merge.
-    merged_bases, coefficients = merge_layer(short_bases, old, short_new, variance, k, stacking)
-    # 3. Go back to n and d rows.
-    merged_beta, merged_alpha = merged_bases
-    return ((Q_beta @ merged_beta).to(beta), (Q_alpha @ merged_alpha).to(alpha)), coefficients
+    return (Q_beta, Q_alpha), short_bases, short_new
+
+
+def lengthen(Q, merged, old_bases):
+    """The result of merge_layer with Q before its bases, in the dtype of the old ones."""
+    Q_beta, Q_alpha = Q
+    (short_beta, short_alpha), coefficients = merged
+    beta, alpha = old_bases
+    return ((Q_beta @ short_beta).to(beta), (Q_alpha @ short_alpha).to(alpha)), coefficients
 
 
 def orthonormal(matrices):
@@ -751,18 +765,18 @@ def squared_norm(adapter):
 
 
 def left_directions(X):
-    """The left singular vectors of X, but for their length, and the singular values.
+    """The left singular vectors of X (n, m), each of any length, and the singular values.
 
-    With X = U S V^T, X X^T = U S² U^T and X^T X = V S² V^T, and X V = U S. The smaller one of them
-    is faster than an SVD of X. It makes noise of singular values below 1e-8 of the first: that is
-    enough, as ROUNDING is 1e-6.
+    With X = U S V^T, the eigenvectors of X X^T (n, n) are U, those of X^T X (m, m) are V, and X V =
+    U S has the same directions as U. The smaller matrix is taken: that is faster than an SVD of X.
+    The price is that singular values below 1e-8 of the first are noise, but ROUNDING is 1e-6.
     """
     if X.shape[0] < X.shape[1]:
         squares, U = torch.linalg.eigh(X @ X.T)  # the smallest one first
-        directions = U.flip(1)
+        directions = U.flip(1)  # of length 1
     else:
         squares, V = torch.linalg.eigh(X.T @ X)
-        directions = X @ V.flip(1)
+        directions = X @ V.flip(1)  # of length S
     return directions, squares.flip(0).clamp(min=0).sqrt()
 
 
@@ -797,7 +811,7 @@ def with_mean(basis, mean, m, rounding):
     All in float64.
     """
     outside = mean - basis @ (basis.T @ mean)
-    # The norm of m copies of it, side by side, is √m ‖outside‖.
+    # So the stack would lose √m ‖outside‖. Is this rounding?
     if m**0.5 * outside.norm() <= rounding:
         return basis
     return torch.cat([basis, outside / outside.norm()], dim=1)
@@ -806,11 +820,13 @@ def with_mean(basis, mean, m, rounding):
 def update_columns(B, A_T):
     """Ours: left (n, min(r, d)) and right (d, min(r, n)), in float64, which stand for ΔW = B A.
 
+    Left has the left singular vectors and the singular values of ΔW, right those of ΔW^T. B and A
+    themselves have not: (B M) (M^-1 A) is the same ΔW for any invertible M.
+
         A^T = Q_A R_A (QR), and so  ΔW   = (B R_A^T) Q_A^T    with  left  = B R_A^T
         B   = Q_B R_B (QR), and so  ΔW^T = (A^T R_B^T) Q_B^T  with  right = A^T R_B^T
 
-    Q_A^T has orthonormal rows, so left has the left singular vectors and the singular values of ΔW.
-    B has not: B M and M^-1 A have the same ΔW for any invertible M. right has those of ΔW^T.
+    Q has orthonormal columns, so ΔW ΔW^T = left left^T, and ΔW^T ΔW = right right^T.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
@@ -852,7 +868,7 @@ def grow_layer(bases, old, new, variance, k):
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
     # 3. Project the new tasks. With variance 1, beta spans the columns of ΔW and alpha its rows, so
-    #    beta beta^T ΔW alpha alpha^T = ΔW. (B may change where A has dependent rows.)
+    #    no ΔW changes. (B may: a part of it that A cancels is in no ΔW.)
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -896,12 +912,11 @@ def mixed_batch(share, layer, tasks, x):
     # Stack the eps^T (p, k) to (s, p, k). Where p is smaller, rows of zeros are added.
     eps_betas = nn.utils.rnn.pad_sequence([eps_beta.T for eps_beta, _ in eps], batch_first=True)
     eps_alphas = nn.utils.rnn.pad_sequence([eps_alpha.T for _, eps_alpha in eps], batch_first=True)
-    # ΔW x = beta eps_beta eps_alpha^T alpha^T x, from the right. In einsum s is the sample, p the
-    # column of eps, k the direction of a basis: of alpha first, then of beta.
-    y = x.to(alpha.dtype) @ alpha  # (s, ..., kα)
-    y = torch.einsum("s...k,spk->s...p", y, eps_alphas)  # (s, ..., p)
-    y = torch.einsum("s...p,spk->s...k", y, eps_betas)  # (s, ..., kβ)
-    return y @ beta.T  # (s, ..., n)
+    # s: sample, p: column of eps, a: direction of alpha, b: direction of beta
+    y = x.to(alpha.dtype) @ alpha  # alpha^T x
+    y = torch.einsum("s...a,spa->s...p", y, eps_alphas)  # eps_alpha^T alpha^T x
+    y = torch.einsum("s...p,spb->s...b", y, eps_betas)  # eps_beta eps_alpha^T alpha^T x
+    return y @ beta.T  # beta eps_beta eps_alpha^T alpha^T x = ΔW x
 
 
 # --- Behind attach and learn
