@@ -1851,7 +1851,7 @@ def test_each_row_is_of_the_method_it_is_named_after(monkeypatch):
     learned = recorded(monkeypatch, train.Experiment, "learn_tasks")
     monkeypatch.setattr(Router, "route", lambda self, features: [None] * len(features))
     rows = train.compare(train.Settings(**TINY), everything=True)
-    ways = {"share": {}, "share_merge": {"phi": 1, "grow": False}}
+    ways = {"share": {"phi": 0}, "share_merge": {"phi": 1, "grow": False}}
     ways["share_grow"] = {"phi": 1, "grow": True}
     (e, _, built, lora_matrix), _ = learned[0]
     assert built.tasks == e.names[:2]

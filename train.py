@@ -6,22 +6,23 @@ layer's weight (n, d), of rank p. The first tasks keep LoRA's rank, each later o
 
     ΔW = B A  with  B = beta eps_beta  and  A = (alpha eps_alpha)^T
 
-    phase 1  Share.from_adapters   the LoRA adapters of the first tasks make the bases and get
-                                   coefficients: eps_beta = beta^T B, eps_alpha = alpha^T A^T
-    phase 2  share.learn           each later task trains its coefficients; the bases are frozen
-    phase 3  the end of learn,     bases change to take in a new ΔW. Of use if phase 2 has phi > 0:
-             or share.merge        it then trains phi temporary columns beside each basis, too
+    phase 1  Share.from_adapters  the LoRA adapters of the first tasks make the bases and get
+                                  coefficients by projection: beta^T B and alpha^T A^T
+    phase 2  share.learn, phi=0   each later task trains its coefficients; the bases are frozen
+    phase 3  share.learn, phi=1   as phase 2, but with phi temporary columns beside each basis: the
+                                  task's ΔW is then merged (of finished adapters: share.merge)
 
-Phase 1 puts columns of the first tasks side by side. A basis has the main directions of this stack,
-by an SVD, as many as explain a given fraction of its variance:
+Phase 1 puts columns of the first tasks side by side. By an SVD, it takes the main directions of the
+stack, as many as explain a given fraction of its variance. Stacked are, for beta and for alpha:
 
-                              for beta           for alpha
-    stack="factors", paper's  [B1 B2 …]          [A1^T A2^T …]      minus the mean column
-    stack="updates", ours     [ΔW1 ΔW2 …]        [ΔW1^T ΔW2^T …]    each ΔW divided by its norm
+    stack="factors", the paper's  [B1 B2 …]    [A1^T A2^T …]    after subtracting the mean column
+    stack="updates", ours         [ΔW1 ΔW2 …]  [ΔW1^T ΔW2^T …]  after dividing each ΔW by its norm
 
-With "factors", share.py adds the direction of the mean to the basis, which the paper does not. Ours
-does not depend on how a ΔW is split into B and A, and is what the table of results has. To read the
-method alone, read `compare`, `Experiment.learn_tasks` and `Experiment.learn_task`.
+Ours makes the same bases however a ΔW is split into B and A. It is the default of the experiment.
+With "factors", share.py adds the direction of the mean to the basis, which the paper does not.
+
+To read the method alone, read `compare`, `Experiment.learn_tasks` and `Experiment.learn_task`. All
+that stands behind "Here the method ends" can be left out.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -316,28 +317,25 @@ class Experiment:
         return metrics(matrix, trained, stored=trained)  # one LoRA for all
 
     def learn_task(self, share, model, t, p, phi=0, grow=True):
-        """Phase 2 for task t, then, with phi > 0, phase 3. Returns how many numbers were trained.
+        """Phase 2 for task t and, with phi > 0, phase 3. Returns how many numbers were trained.
 
-        Phase 2 trains, in each layer of `model` (the base with the share attached), coefficients
-        and temporary columns T, from a random start:
+        Trained are, in each layer of `model` (the base with the share attached), from a random
+        start, where ΔW is small, but not 0:
+
+            eps_beta (kβ + phi, p), eps_alpha (kα + phi, p)  the coefficients
+            T_beta (n, phi), T_alpha (d, phi)                temporary columns beside the bases
 
             ΔW = B A  with  B = [beta T_beta] eps_beta  and  A = ([alpha T_alpha] eps_alpha)^T
-
-            eps_beta (kβ + phi, p), eps_alpha (kα + phi, p), T_beta (n, phi), T_alpha (d, phi)
-
-        The end of the block then does one of these:
-
-            phi = 0              the coefficients are stored; the bases stay as they were
-            phi > 0, grow=True   ours: each basis gets the directions of ΔW that it lacks, and the
-                                 task coefficients in the larger bases; no other ΔW changes
-            phi > 0, grow=False  the paper's: phase 1 again, of all tasks' B and A, rebuilt from
-                                 their coefficients, beside the new ones; any ΔW may change
         """
         s = self.s
         seed = 100 * s.seed + t  # of the random start
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
             # In this block these numbers alone, as parameters of the model, require gradients.
             trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
+        # The end of the block has stored the coefficients. With phi > 0 it has changed the bases:
+        #     grow=True   ours: each gets the directions of ΔW that it lacks; other ΔW stay
+        #     grow=False  the paper's: phase 1 again, of the B and A of all tasks, with as many
+        #                 directions as variance asks for (ours: or as before); all ΔW may change
         return trained
 
     def selected_accuracies(self, share, model, tasks):
@@ -383,14 +381,11 @@ def metrics(matrix, trained, stored):
 
     trained: how many numbers were trained for the last task. stored: how many, for all tasks.
     """
-    *before, end = matrix
-    bwt = []
-    forgetting = []
-    for j in range(len(before)):
-        just_after = matrix[j][j]
-        best = max(row[j] for row in before)
-        bwt.append(end[j] - just_after)
-        forgetting.append(best - end[j])
+    last = len(matrix) - 1
+    end = matrix[last]
+    bwt = [end[j] - matrix[j][j] for j in range(last)]
+    # The best of all earlier rows, even of those before task j was learned
+    forgetting = [max(matrix[i][j] for i in range(last)) - end[j] for j in range(last)]
     return {
         "accuracy_matrix": matrix,
         "acc": mean(end),
@@ -439,15 +434,14 @@ def compare(s, everything=False):
     lora_matrix = rows["lora_per_task"]["accuracy_matrix"]
     # Phase 2, for each later task: coefficients of s.p columns.
     share = copy.deepcopy(built)  # a copy, as `built` is needed again
-    model, rows["share"] = e.learn_tasks("share", share, lora_matrix)
+    model, rows["share"] = e.learn_tasks("share", share, lora_matrix, phi=0)
     if not everything:
         return rows
     # Phases 2 and 3, for each later task: with a temporary column beside each basis, then merged,
     # first in the paper's way, then in ours.
-    merging = copy.deepcopy(built)
-    _, rows["share_merge"] = e.learn_tasks("share_merge", merging, lora_matrix, phi=1, grow=False)
-    growing = copy.deepcopy(built)
-    _, rows["share_grow"] = e.learn_tasks("share_grow", growing, lora_matrix, phi=1, grow=True)
+    for method, grow in (("share_merge", False), ("share_grow", True)):
+        merging = copy.deepcopy(built)
+        _, rows[method] = e.learn_tasks(method, merging, lora_matrix, phi=1, grow=grow)
     # Here the method ends.
     return rows | other_rows(e, built, share, model)
 
@@ -556,10 +550,10 @@ class Router:
         means = torch.stack([x.mean(0) for x in scaled])
         to_own = (residuals @ scale).norm(dim=1)
         own = torch.quantile(to_own, 0.98)
-        other = own  # if there is one task only
+        radius = own
         if len(samples) > 1:
             other = torch.quantile(distances_to_others(scaled, means), 0.02)
-        radius = (own + torch.maximum(own, other)) / 2
+            radius = torch.maximum(own, (own + other) / 2)
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -587,10 +581,10 @@ def check_features(features):
 def whitening(residuals):
     """A matrix M (f, f) with which ‖r M‖ is the Mahalanobis distance √(r C^-1 r^T), for rows r.
 
-    C is the covariance of residuals (N, f), whose mean is 0, moved by a tenth towards its diagonal:
-    with few samples, some directions would otherwise seem to have almost no variance.
+    C = 0.9 covariance + 0.1 its diagonal, of residuals (N, f): with few samples, some directions of
+    the covariance have almost no variance.
     """
-    covariance = residuals.T @ residuals / len(residuals)
+    covariance = residuals.T @ residuals / len(residuals)  # their mean is 0
     variances = covariance.diagonal()
     C = 0.9 * covariance + 0.1 * variances.diag()
     least = 1e-7 * variances.max() + 1e-30  # so that C has an inverse if a feature is constant
@@ -634,8 +628,9 @@ def average(share, tasks, name, p=None):
         if pairs:
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
+    # share.add projects it onto the bases, where the ΔW of all tasks lie, so that nothing is lost,
+    # and cuts it to p columns. A ΔW there has a rank of k at most: the largest k cuts nothing.
     if p is None:
-        # A ΔW in the bases has at most the rank kβ, and kα. So the largest k of all cuts nothing.
         sizes = [basis.shape[1] for bases in share.bases.values() for basis in bases]
         p = max([1] + sizes)  # 1, if all are empty
     share.add(name, Adapter(factors), p)
@@ -829,7 +824,8 @@ def new_coefficients(columns, k):
     """One side of the paper's phase 3: columns (n, m) -> their coefficients (k, m) in a new basis.
 
     As published: the basis is that of the columns minus their mean, but the columns themselves are
-    projected, so what the basis lacks of the mean is lost. share.py keeps it.
+    projected, so what the basis lacks of the mean is lost. share.py keeps it. (k is that of the old
+    basis here: to choose it by variance takes no time.)
     """
     centred = columns - columns.mean(1, keepdim=True)
     U, _, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -937,12 +933,10 @@ def check_extras(extras, config, directory):
     Extras are stored, but never applied: such a tensor would be ignored in silence. A head called,
     say, lora_head is fine: modules_to_save lists it.
     """
-    heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
+    heads = [module.split(".")[-1] for module in config.get("modules_to_save") or []]
     for name in extras:
-        parts = set(name.split(".")) - heads
-        if any(part.startswith("lora_") for part in parts):
-            expected = "base_model.model.LAYER.lora_A/B.weight"
-            raise ValueError(f"{directory}: {name!r} is no {expected}")
+        if any(part.startswith("lora_") and part not in heads for part in name.split(".")):
+            raise ValueError(f"{directory}: {name!r} is no base_model.model.LAYER.lora_A/B.weight")
 
 
 def peft_scaling(config, layer, r, directory):
