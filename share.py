@@ -176,16 +176,16 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    directions, S = left_directions(X)  # as an SVD gives them, but for the directions' lengths
+    S, V = right_directions(X)  # of the SVD X = U S V^T, but the columns of V have any length
     rank = int(S.gt(rounding).sum())
-    directions, S = directions[:, :rank], S[:rank]
+    S, V = S[:rank], V[:, :rank]
     if k is None:
         # Say that the first direction explains 0.5, the first two 0.8, and 0.6 is wanted. Then one
         # direction is too few, and k is 2.
         explained = (S**2).cumsum(0)
         wanted = (variance - 1e-12) * (S**2).sum()  # 1e-12: rounding may make 0.6 of it 0.59999…
         k = 1 + int((explained < wanted).sum())
-    return orthonormal([directions[:, :k]])
+    return orthonormal([X @ V[:, :k]])  # X V = U S: the directions of U. QR makes their lengths 1.
 
 
 def project(bases, pair):
@@ -764,20 +764,19 @@ def squared_norm(adapter):
     return total
 
 
-def left_directions(X):
-    """The left singular vectors of X (n, m), each of any length, and the singular values.
+def right_directions(X):
+    """The singular values of X (n, m), and its right singular vectors, each of any length.
 
-    With X = U S V^T, the eigenvectors of X X^T (n, n) are U, those of X^T X (m, m) are V, and X V =
-    U S has the same directions as U. The smaller matrix is taken: that is faster than an SVD of X.
-    The price is that singular values below 1e-8 of the first are noise, but ROUNDING is 1e-6.
+    With X = U S V^T, the eigenvectors of X^T X (m, m) are V, and those of X X^T (n, n) are U, where
+    X^T U = V S. The smaller of the two matrices is taken: that is faster than an SVD of X. The
+    price is that singular values below 1e-8 of the first are noise, but ROUNDING is 1e-6.
     """
     if X.shape[0] < X.shape[1]:
         squares, U = torch.linalg.eigh(X @ X.T)  # the smallest one first
-        directions = U.flip(1)  # of length 1
+        V = X.T @ U
     else:
         squares, V = torch.linalg.eigh(X.T @ X)
-        directions = X @ V.flip(1)  # of length S
-    return directions, squares.flip(0).clamp(min=0).sqrt()
+    return squares.flip(0).clamp(min=0).sqrt(), V.flip(1)
 
 
 def best_rank(eps, p):
@@ -841,13 +840,14 @@ def update_stacks(pairs):
     mean, but not their main directions.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
-    largest = max([float(left.norm()) for left, _ in updates])  # ‖left‖ = ‖right‖ = ‖ΔW‖
+    # ‖left‖ = ‖right‖ = ‖ΔW‖, but for rounding: if B A cancels to 0, one alone may be 0
+    norms = [max(float(left.norm()), float(right.norm())) for left, right in updates]
+    floor = max(ROUNDING * max(norms), 1e-300)  # 1e-300: all ΔW may be 0
     lefts = []
     rights = []
-    for (B, A_T), (left, right) in zip(pairs.values(), updates, strict=True):
-        norm = max(float(left.norm()), ROUNDING * largest, 1e-300)  # 1e-300: all ΔW may be 0
-        lefts.append((left / norm).to(B.dtype))
-        rights.append((right / norm).to(A_T.dtype))
+    for (B, A_T), (left, right), norm in zip(pairs.values(), updates, norms, strict=True):
+        lefts.append((left / max(norm, floor)).to(B.dtype))
+        rights.append((right / max(norm, floor)).to(A_T.dtype))
     return torch.cat(lefts, dim=1), torch.cat(rights, dim=1)
 
 

@@ -475,6 +475,12 @@ def test_faint_directions_beside_heavy_ones_are_those_of_the_svd(shape, dtype):
     assert (basis.T @ basis - torch.eye(400)).abs().max() < 1e-6
 
 
+@variants(shape=[(50, 80), (80, 50)])
+def test_a_basis_lies_in_the_span_of_its_stack(shape):
+    stack = with_singular_values(torch.tensor([1.0, 1e-3, 3e-6]).double(), *shape)
+    assert same_span(build_basis(stack, k=9), torch.linalg.svd(stack).U[:, :3], 1e-9)
+
+
 @variants(stack=STACKS, dtype=[torch.float64, torch.float32])
 def test_one_adapter_merged_many_times_keeps_its_directions(stack, dtype):
     """Faint directions stay as well, rounding brings none, and its errors do not add up."""
@@ -695,6 +701,13 @@ def test_a_task_without_an_update_stays_without_one(stack, tmp_path):
         assert not adapter.delta(layer).any()
     assert error(share, {task: adapters[task] for task in "bc"}) < 1e-6
     assert share.retained() == pytest.approx(dict.fromkeys(share.tasks, 1))
+
+
+@variants(stack=STACKS)
+def test_an_update_that_cancels_to_zero_is_held(stack):
+    B, A = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]), torch.tensor([[1.0, 0], [-1.0, 0]])
+    share = Share.from_adapters({"a": Adapter({"x": (B, A)})}, stack=stack)
+    assert share.reconstruct("a").delta("x").abs().max() < 1e-6
 
 
 @variants(context=[AUTOCAST, torch.no_grad, torch.inference_mode])
