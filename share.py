@@ -56,7 +56,7 @@ ROUNDING = 1e-6  # relative size below which a singular value or a column counts
 #     share.variance, share.stacking  settings of phase 1, for phase 3
 #     share.selected                  the task whose ΔW is added in forward
 #
-# Its methods with _ check arguments and write this; they hold nothing of the method.
+# Its methods whose names begin with _ check arguments and store results: not needed to understand.
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -98,7 +98,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # In full precision even under autocast: B and A are also stored, and added to W0.
+    # Without autocast: reconstruct and detach keep B and A, and half precision would lose digits.
     with torch.autocast(beta.device.type, enabled=False):
         return beta @ eps_beta, (alpha @ eps_alpha).T
 
@@ -176,7 +176,7 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    S, V = right_directions(X)  # of the SVD X = U S V^T, but the columns of V have any length
+    S, V = right_svd(X)  # of the SVD X = U S V^T
     rank = int(S.gt(rounding).sum())
     S, V = S[:rank], V[:, :rank]
     if k is None:
@@ -185,7 +185,8 @@ def main_directions(X, rounding, variance=None, k=None):
         explained = (S**2).cumsum(0)
         wanted = (variance - 1e-12) * (S**2).sum()  # 1e-12: rounding may make 0.6 of it 0.59999…
         k = 1 + int((explained < wanted).sum())
-    return orthonormal([X @ V[:, :k]])  # X V = U S: the directions of U. QR makes their lengths 1.
+    US = X @ V[:, :k]
+    return orthonormal([US])  # U: QR divides each column by its length
 
 
 def project(bases, pair):
@@ -226,7 +227,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     phi: temporary columns beside each basis: 0, or less than the largest k.
     grow: how, with phi > 0, the task is merged afterwards. False: by the paper's phase 3, which may
     lose much of it, see `retained`. True (ours): each basis gains the directions of the task's ΔW
-    that it does not contain yet, min(p, phi) at most, and nothing is lost.
+    that it does not contain yet, and nothing is lost.
     finetune (ours): go on training a task that exists. Its p stays, phi has to be 0, and
     `retained` starts at 1 again.
     """
@@ -234,8 +235,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     #    the coefficients that the task has.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; start stays, for step 3
-    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen. In
-    #    forward, share.factors makes B and A of the copy, by learned_factors.
+    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen.
+    #    ShareLinear.forward has B and A from learned_factors(bases, trained[layer]).
     with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Keep the layers that have moved. Others, which the loss never reached, hold random numbers.
@@ -305,10 +306,10 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
             merged = build_layer(new, variance, k, share.stacking)
         elif grow:  # ours
             merged = grow_layer(share.bases[layer], old, new, variance, k)
-        else:  # phase 3; the columns are shortened for speed only
+        else:  # phase 3; columns are shortened, and the result lengthened, for speed only
             Q, short_bases, short_new = shorten(share.bases[layer], new)
-            merged = merge_layer(short_bases, old, short_new, variance, k, share.stacking)
-            merged = lengthen(Q, merged, share.bases[layer])
+            short = merge_layer(short_bases, old, short_new, variance, k, share.stacking)
+            merged = lengthen(Q, short, share.bases[layer])
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
@@ -336,8 +337,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
 def keep_size(basis, stack, least):
     """Ours: in a merge by variance, a basis of at least `least` columns, its size before.
 
-    Why: most of the stack is what the last merge has kept, and a variance of 0.6 would leave 60 %
-    of it, merge by merge.
+    Why: of the old tasks, the stack has what the last merge has kept, not the whole. To this, each
+    merge would apply a variance of 0.6 again.
     How: a basis that is too narrow is dropped. The first `least` directions of the stack, without
     subtracting the mean, take its place. No basis of that size holds more of the stack.
     """
@@ -347,13 +348,13 @@ def keep_size(basis, stack, least):
 
 
 def shorten(bases, new):
-    """Q, and the bases and the new adapters {task: (B, A^T)} with Q^T before them, in float64.
+    """For speed: the same merge on short columns. Returns Q, short bases and short new adapters.
 
-    All B's, old and new, lie in the span of beta and the new B's. Q (n, q) is an orthonormal basis
-    of it: q is 40 for kβ = 32 and one new adapter of rank 8, whatever n. So B = Q b with the short
-    b = Q^T B, and nothing is lost. An SVD does not see Q: if b = U S V^T, then B = (Q U) S V^T.
-    Means and norms do not, either. So merge_layer makes of short columns the same coefficients, and
-    bases to which `lengthen` brings back Q. A^T likewise, with a Q of its own.
+    All columns, old and new, lie in the span of beta and the new B's, of q dimensions: 40 for kβ =
+    32 and one new adapter of rank 8, whatever n. Let Q (n, q) be an orthonormal basis of it. Then
+    each column is Q times a short one, which is Q^T times the column. Short columns have the same
+    lengths and angles, so merge_layer finds the same directions and coefficients, but for signs.
+    `lengthen` multiplies the short directions by Q. A^T likewise, with a Q of its own.
     """
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
@@ -444,8 +445,8 @@ class Share:
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # accelerate may leave nn.Linear's forward on the object itself, where Python would find
-            # it before ShareLinear's.
+            # accelerate's offload, when undone, leaves nn.Linear's forward on the object, where
+            # Python would find it before ShareLinear's.
             vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
@@ -597,8 +598,8 @@ class Share:
 
     def _keep(self, task, ends):
         """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
-        # `_store` takes ‖ΔW‖², extras and config from an adapter. Of a task that was fine-tuned, it
-        # has the layers that have not moved, too, with the ΔW of now.
+        # The task's new ΔW, for its record. Layers of a fine-tuned task that have not moved are as
+        # they were.
         adapter = self.reconstruct(task) if task in self.records else Adapter({})
         coefficients = {}
         for layer, end in ends.items():
@@ -764,16 +765,15 @@ def squared_norm(adapter):
     return total
 
 
-def right_directions(X):
-    """The singular values of X (n, m), and its right singular vectors, each of any length.
+def right_svd(X):
+    """S and V of the SVD X = U S V^T, by the smaller one of X^T X = V S² V^T and X X^T = U S² U^T.
 
-    With X = U S V^T, the eigenvectors of X^T X (m, m) are V, and those of X X^T (n, n) are U, where
-    X^T U = V S. The smaller of the two matrices is taken: that is faster than an SVD of X. The
-    price is that singular values below 1e-8 of the first are noise, but ROUNDING is 1e-6.
+    That is faster than an SVD of X. Squaring costs half of the digits: singular values below 1e-8
+    of the first, the root of float64's 1e-16, are noise. But they are below ROUNDING anyway.
     """
     if X.shape[0] < X.shape[1]:
         squares, U = torch.linalg.eigh(X @ X.T)  # the smallest one first
-        V = X.T @ U
+        V = F.normalize(X.T @ U, dim=0)  # X^T U = V S
     else:
         squares, V = torch.linalg.eigh(X.T @ X)
     return squares.flip(0).clamp(min=0).sqrt(), V.flip(1)
@@ -795,8 +795,8 @@ def best_rank(eps, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # Of float32 eps, a true 0 comes out as about 1e-8 S[0]. Set it to 0 before the root, which
-    # would make 1e-4 of it: a column that a later merge would take for a direction.
+    # Singular values that should be 0 are about 1e-8 S[0], if the eps are float32. Their roots are
+    # 1e-4, and a later merge would take those columns for directions. So set them to 0 first.
     S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -810,22 +810,20 @@ def with_mean(basis, mean, m, rounding):
     All in float64.
     """
     outside = mean - basis @ (basis.T @ mean)
-    # So the stack would lose √m ‖outside‖. Is this rounding?
-    if m**0.5 * outside.norm() <= rounding:
+    lost = m**0.5 * outside.norm()  # the norm of m copies of it
+    if lost <= rounding:
         return basis
     return torch.cat([basis, outside / outside.norm()], dim=1)
 
 
 def update_columns(B, A_T):
-    """Ours: left (n, min(r, d)) and right (d, min(r, n)), in float64, which stand for ΔW = B A.
+    """Ours: left and right, in float64, with left left^T = ΔW ΔW^T and right right^T = ΔW^T ΔW.
 
-    Left has the left singular vectors and the singular values of ΔW, right those of ΔW^T. B and A
-    themselves have not: (B M) (M^-1 A) is the same ΔW for any invertible M.
+    So left (n, min(r, d)) has the left singular vectors and the singular values of ΔW, in whichever
+    way ΔW is split into B and A. B has not: B M and M^-1 A have the same ΔW for any invertible M.
 
-        A^T = Q_A R_A (QR), and so  ΔW   = (B R_A^T) Q_A^T    with  left  = B R_A^T
-        B   = Q_B R_B (QR), and so  ΔW^T = (A^T R_B^T) Q_B^T  with  right = A^T R_B^T
-
-    Q has orthonormal columns, so ΔW ΔW^T = left left^T, and ΔW^T ΔW = right right^T.
+    With A^T = Q R (QR): ΔW ΔW^T = B A A^T B^T = B R^T R B^T, and so left = B R^T. For right, B and
+    A^T change places.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
@@ -867,8 +865,8 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks. With variance 1, beta spans the columns of ΔW and alpha its rows, so
-    #    no ΔW changes. (B may: a part of it that A cancels is in no ΔW.)
+    # 3. Project the new tasks: ΔW becomes beta beta^T ΔW alpha alpha^T. With variance 1, beta spans
+    #    the columns of ΔW and alpha its rows, so nothing is lost.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -890,7 +888,7 @@ def grow_basis(basis, columns, variance, k):
     # quite orthonormal, and the second time takes away what the first one has left.
     outside = X - b @ (b.T @ X)
     outside = outside - b @ (b.T @ outside)
-    rounding = ROUNDING * X.norm()  # of X: there may be nothing outside but errors of rounding
+    rounding = ROUNDING * X.norm()  # of X, as all that is outside may be errors of rounding
     if k is None:
         added = main_directions(outside, rounding, variance)
     else:
@@ -980,9 +978,9 @@ def whole(parameter):
 def frozen(model):
     """For a block no parameter of a model can train.
 
-    Restored afterwards: requires_grad, and the buffers that state_dict() has, such as BatchNorm's
-    statistics. Not restored: gradients, which are dropped, and buffers that state_dict() leaves
-    out, as these are caches, such as a rotary embedding's.
+    Afterwards requires_grad is as before, and so are the buffers that state_dict() has, such as
+    BatchNorm's statistics. Gradients are dropped. Other buffers, which are caches, such as a rotary
+    embedding's, stay as the block has left them.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
@@ -1076,10 +1074,11 @@ def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")  # None: pruning or the like has replaced it
     shape = tuple(len(basis) for basis in bases)
-    own_forward = types.MethodType(cls.forward, linear)  # equals linear.forward, if not patched
+    # A forward on the object hides that of its class, and is harmless only if it is the same one.
+    is_patched = linear.forward != types.MethodType(cls.forward, linear)
     if type(linear) is not cls or weight is None:
         reason = f"it takes {cls.__name__} itself, with no pruning or the like on its weight"
-    elif linear.forward != own_forward:
+    elif is_patched:
         reason = "its forward is patched; attach first and offload afterwards; undo it to detach"
     elif weight.is_meta:
         reason = "its weight is on meta; load the weights first"
