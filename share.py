@@ -56,7 +56,9 @@ ROUNDING = 1e-6  # relative size below which a singular value or a column counts
 #     share.variance, share.stacking  settings of phase 1, for phase 3
 #     share.selected                  the task whose ΔW is added in forward
 #
-# Its methods whose names begin with _ check arguments and store results: not needed to understand.
+# Of its methods whose names begin with _, _pairs_by_layer regroups {task: Adapter} by layer, _start
+# calls start_layer for each layer, _resume takes the coefficients that a task has, _keep and _store
+# write results. The rest of them is checks.
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -337,10 +339,9 @@ def merge_layer(bases, old, new, variance, k, stacking):
 def keep_size(basis, stack, least):
     """Ours: in a merge by variance, a basis of at least `least` columns, its size before.
 
-    Why: of the old tasks, the stack has what the last merge has kept, not the whole. To this, each
-    merge would apply a variance of 0.6 again.
-    How: a basis that is too narrow is dropped. The first `least` directions of the stack, without
-    subtracting the mean, take its place. No basis of that size holds more of the stack.
+    Old tasks are rebuilt from what earlier merges have kept. To keep 60 % of that, merge after
+    merge, would shrink the basis, and the old tasks with it. So, if it is too narrow, take another
+    one in its place: the first `least` directions of the stack, without subtracting the mean.
     """
     if basis.shape[1] < least:  # never in phase 1, where least is 0
         return build_basis(stack, k=least)
@@ -352,9 +353,10 @@ def shorten(bases, new):
 
     All columns, old and new, lie in the span of beta and the new B's, of q dimensions: 40 for kβ =
     32 and one new adapter of rank 8, whatever n. Let Q (n, q) be an orthonormal basis of it. Then
-    each column is Q times a short one, which is Q^T times the column. Short columns have the same
-    lengths and angles, so merge_layer finds the same directions and coefficients, but for signs.
-    `lengthen` multiplies the short directions by Q. A^T likewise, with a Q of its own.
+    each column is Q times a short one, which is Q^T times the column. Q keeps lengths and angles,
+    and sums, means and SVDs commute with it. So merge_layer makes of short columns the same bases,
+    but with Q^T before them, and the same coefficients, but for signs. `lengthen` multiplies by Q.
+    A^T likewise, with a Q of its own.
     """
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
@@ -441,13 +443,11 @@ class Share:
             linear = modules[layer]
             if linear in linears.values():
                 raise ValueError(f"layer {layer!r} is another layer of the share as well")
+            drop_leftover(linear)
             check_linear(layer, linear, nn.Linear, self.bases[layer])
             linears[layer] = linear
         for layer, linear in linears.items():
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
-            # accelerate's offload, when undone, leaves nn.Linear's forward on the object, where
-            # Python would find it before ShareLinear's.
-            vars(linear).pop("forward", None)
             linear.share = self
             linear.layer = layer
             # so that nn.TransformerEncoderLayer calls it, see the hook
@@ -515,6 +515,7 @@ class Share:
         if not attached:
             raise ValueError("no layer of the model is attached, or each carries another share")
         for layer, linear in attached.items():
+            drop_leftover(linear)
             check_linear(layer, linear, ShareLinear, self.bases[layer])
             # ΔW cannot be added to a quantized weight, of integers or of a subclass of Parameter.
             plain = type(linear.weight) is nn.Parameter and linear.weight.is_floating_point()
@@ -529,7 +530,6 @@ class Share:
             linear.hook.remove()
             del linear.share, linear.layer, linear.hook
             linear.__class__ = nn.Linear
-            vars(linear).pop("forward", None)
         return model
 
     # --- Ours: a task more, a task less
@@ -588,9 +588,10 @@ class Share:
         start = {}
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
-                # These have the memory of the share's coefficients. But `learn` trains a copy.
+                eps_beta, eps_alpha = self.coefficients[layer][task]
                 parameters = nn.ParameterDict()
-                parameters["eps_beta"], parameters["eps_alpha"] = self.coefficients[layer][task]
+                parameters["eps_beta"] = eps_beta.clone()
+                parameters["eps_alpha"] = eps_alpha.clone()
                 start[layer] = parameters
         if not start:
             raise ValueError(f"task {task!r} has no coefficients to train in any layer")
@@ -768,8 +769,8 @@ def squared_norm(adapter):
 def right_svd(X):
     """S and V of the SVD X = U S V^T, by the smaller one of X^T X = V S² V^T and X X^T = U S² U^T.
 
-    That is faster than an SVD of X. Squaring costs half of the digits: singular values below 1e-8
-    of the first, the root of float64's 1e-16, are noise. But they are below ROUNDING anyway.
+    That is faster than an SVD of X. Squaring costs half of the digits, and X V, in main_directions,
+    restores them, but for singular values below 1e-8 of the first: ROUNDING is larger, 1e-6.
     """
     if X.shape[0] < X.shape[1]:
         squares, U = torch.linalg.eigh(X @ X.T)  # the smallest one first
@@ -795,8 +796,7 @@ def best_rank(eps, p):
         return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # Singular values that should be 0 are about 1e-8 S[0], if the eps are float32. Their roots are
-    # 1e-4, and a later merge would take those columns for directions. So set them to 0 first.
+    # Set to 0 what is an error of rounding. Its root would not be small any more.
     S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -822,8 +822,9 @@ def update_columns(B, A_T):
     So left (n, min(r, d)) has the left singular vectors and the singular values of ΔW, in whichever
     way ΔW is split into B and A. B has not: B M and M^-1 A have the same ΔW for any invertible M.
 
-    With A^T = Q R (QR): ΔW ΔW^T = B A A^T B^T = B R^T R B^T, and so left = B R^T. For right, B and
-    A^T change places.
+        A^T = Q R (QR), so A A^T = R^T R, and ΔW ΔW^T = B (A A^T) B^T = (B R^T) (B R^T)^T
+
+    So left = B R^T. For right, B and A^T change places.
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
@@ -903,11 +904,11 @@ def mixed_batch(share, layer, tasks, x):
         raise ValueError(f"{len(tasks)} tasks are selected for a batch of {len(x)} samples")
     bases, coefficients, _ = share.held
     beta, alpha = bases[layer]
-    # The eps of each sample. They differ in p. None, or a task without this layer, has p = 0, and
-    # so ΔW x = 0, a sum over nothing.
+    # The eps of each sample. They differ in p; without a task in this layer, p is 0.
     no_columns = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
     eps = [coefficients[layer].get(task, no_columns) for task in tasks]
-    # Stack the eps^T (p, k) to (s, p, k). Where p is smaller, rows of zeros are added.
+    # Stack the eps^T (p, k) to (s, p, k). Where p is smaller, rows of zeros are added, which add 0
+    # to ΔW x.
     eps_betas = nn.utils.rnn.pad_sequence([eps_beta.T for eps_beta, _ in eps], batch_first=True)
     eps_alphas = nn.utils.rnn.pad_sequence([eps_alpha.T for _, eps_alpha in eps], batch_first=True)
     # s: sample, p: column of eps, a: direction of alpha, b: direction of beta
@@ -1070,15 +1071,22 @@ def check_adapter(task, adapter, shapes):
                 raise ValueError(f"{where}; one is not of floats, or holds NaN or infinity")
 
 
+def drop_leftover(linear):
+    """Remove the forward of its class from the object: it would hide the forward of another class.
+
+    accelerate's offload leaves it there when it is undone.
+    """
+    if linear.forward == types.MethodType(type(linear).forward, linear):
+        vars(linear).pop("forward", None)
+
+
 def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")  # None: pruning or the like has replaced it
     shape = tuple(len(basis) for basis in bases)
-    # A forward on the object hides that of its class, and is harmless only if it is the same one.
-    is_patched = linear.forward != types.MethodType(cls.forward, linear)
     if type(linear) is not cls or weight is None:
         reason = f"it takes {cls.__name__} itself, with no pruning or the like on its weight"
-    elif is_patched:
+    elif "forward" in vars(linear):
         reason = "its forward is patched; attach first and offload afterwards; undo it to detach"
     elif weight.is_meta:
         reason = "its weight is on meta; load the weights first"
