@@ -12,17 +12,18 @@ layer's weight (n, d), of rank p. The first tasks keep LoRA's rank, each later o
     phase 3  share.learn, phi=1   as phase 2, but with phi temporary columns beside each basis: the
                                   task's ΔW is then merged (of finished adapters: share.merge)
 
-Phase 1 puts columns of the first tasks side by side. By an SVD, it takes the main directions of the
-stack, as many as explain a given fraction of its variance. Stacked are, for beta and for alpha:
+Phase 1 puts columns of the first tasks side by side, and keeps the leading left singular vectors:
+the fewest whose squared singular values make up a given fraction of the total, the variance.
 
-    stack="factors", the paper's  [B1 B2 …]    [A1^T A2^T …]    after subtracting the mean column
-    stack="updates", ours         [ΔW1 ΔW2 …]  [ΔW1^T ΔW2^T …]  after dividing each ΔW by its norm
+    stack="factors"  the paper's: [B1 B2 …] for beta and [A1^T A2^T …] for alpha, minus the mean
+                     column. Ours: then the direction of the mean is added, as the columns are
+                     projected as they are, and would lose their mean.
+    stack="updates"  ours, and the default here: [ΔW1 ΔW2 …] and [ΔW1^T ΔW2^T …], each ΔW divided by
+                     its norm, no mean subtracted. These are the same however ΔW is split into B A.
 
-Ours makes the same bases however a ΔW is split into B and A. It is the default of the experiment.
-With "factors", share.py adds the direction of the mean to the basis, which the paper does not.
-
-To read the method alone, read `compare`, `Experiment.learn_tasks` and `Experiment.learn_task`. All
-that stands behind "Here the method ends" can be left out.
+To read the method alone, read `compare`, which calls `Experiment.learn_tasks`, which calls
+`Experiment.learn_task`. All that stands behind "Here the method ends" can be left out. The SVD and
+the projections are in share.py.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -219,7 +220,7 @@ def add_lora(linear, r):
     nn.init.kaiming_uniform_(A, a=5**0.5)
     linear.lora_A = nn.Parameter(A)
     linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r, dtype=dtype))  # so ΔW is 0
-    linear.__class__ = LoRALinear  # the same object under the same name
+    linear.__class__ = LoRALinear  # the same object: its name, weight and place in the model stay
 
 
 def lora_adapter(model):
@@ -334,8 +335,8 @@ class Experiment:
             trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
         # The end of the block has stored the coefficients. With phi > 0 it has changed the bases:
         #     grow=True   ours: each gets the directions of ΔW that it lacks; other ΔW stay
-        #     grow=False  the paper's: phase 1 again, of the B and A of all tasks, with as many
-        #                 directions as variance asks for (ours: or as before); all ΔW may change
+        #     grow=False  the paper's: phase 1 again, with the B and A of all tasks, this one
+        #                 included; all ΔW may change. (Ours: no basis gets smaller than before.)
         return trained
 
     def selected_accuracies(self, share, model, tasks):
@@ -354,8 +355,8 @@ class Experiment:
             0 … 3   after LoRA has learned task 0 … 3, from lora_matrix
             4 … 11  after Share has learned task 4 … 11
 
-        In rows 0 to 3 the first tasks still have LoRA's accuracy: what phase 1 loses of them counts
-        as forgetting.
+        LoRA has learned the first tasks, so their rows are LoRA's, and what phase 1 loses of them
+        counts as forgetting.
         """
         model = share.attach(copy.deepcopy(self.base))
         known = len(share.tasks)
@@ -534,13 +535,13 @@ class Router:
     @classmethod
     @torch.no_grad()
     def fit(cls, features):
-        """From {task: features (N, f)}, none of which is kept. In all better many more than f.
+        """From {task: features (N, f)}, none of which is kept. All N together should be >> f.
 
         The radius shall take in nearly all samples of a task, and nothing as far away as another:
 
-        own     98 % of samples are nearer to their task's mean, made without the sample
-        other   98 % of samples are farther from the nearest mean of another task
-        radius  half-way between, but at least own
+        own     98th percentile of a sample's distance to its task's mean, made without the sample
+        other   2nd percentile of a sample's distance to the nearest mean of another task
+        radius  (own + other) / 2 if tasks are apart, so own < other; if not, own
         """
         check_features(features)
         samples = [x.double() for x in features.values()]
@@ -584,12 +585,13 @@ def whitening(residuals):
     C = 0.9 covariance + 0.1 its diagonal, of residuals (N, f): with few samples, some directions of
     the covariance have almost no variance.
     """
-    covariance = residuals.T @ residuals / len(residuals)  # their mean is 0
+    covariance = residuals.T @ residuals / len(residuals)  # of each task they add up to 0
     variances = covariance.diagonal()
     C = 0.9 * covariance + 0.1 * variances.diag()
     least = 1e-7 * variances.max() + 1e-30  # so that C has an inverse if a feature is constant
     C.diagonal().add_(least)
-    return torch.linalg.cholesky(torch.linalg.inv(C))  # C^-1 = M M^T, so r C^-1 r^T = ‖r M‖²
+    # Cholesky: C^-1 = M M^T, and so r C^-1 r^T = (r M) (r M)^T = ‖r M‖².
+    return torch.linalg.cholesky(torch.linalg.inv(C))
 
 
 def leave_one_out_residuals(x):
@@ -629,7 +631,8 @@ def average(share, tasks, name, p=None):
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
     # share.add projects it onto the bases, where the ΔW of all tasks lie, so that nothing is lost,
-    # and cuts it to p columns. A ΔW there has a rank of k at most: the largest k cuts nothing.
+    # and cuts it to p columns, or to fewer. In a layer ΔW has a rank of min(kβ, kα) at most. So the
+    # largest k of all bases cuts nothing.
     if p is None:
         sizes = [basis.shape[1] for bases in share.bases.values() for basis in bases]
         p = max([1] + sizes)  # 1, if all are empty
@@ -823,9 +826,9 @@ def load_and_merge_as_published(path, adapter):
 def new_coefficients(columns, k):
     """One side of the paper's phase 3: columns (n, m) -> their coefficients (k, m) in a new basis.
 
-    As published: the basis is that of the columns minus their mean, but the columns themselves are
-    projected, so what the basis lacks of the mean is lost. share.py keeps it. (k is that of the old
-    basis here: to choose it by variance takes no time.)
+    The basis: k left singular vectors of the columns minus their mean. The coefficients: basis^T
+    columns, with the mean, so that its part outside of the basis is lost, as published. (k is that
+    of the old basis here: to choose it by variance takes no time.)
     """
     centred = columns - columns.mean(1, keepdim=True)
     U, _, _ = torch.linalg.svd(centred, full_matrices=False)
