@@ -237,8 +237,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     #    the coefficients that the task has.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; start stays, for step 3
-    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen.
-    #    ShareLinear.forward has B and A from learned_factors(bases, trained[layer]).
+    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen. There,
+    #    forward has B and A from share.factors, and this from learned_factors of the copy.
     with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Keep the layers that have moved. Others, which the loss never reached, hold random numbers.
@@ -769,8 +769,8 @@ def squared_norm(adapter):
 def right_svd(X):
     """S and V of the SVD X = U S V^T, by the smaller one of X^T X = V S² V^T and X X^T = U S² U^T.
 
-    That is faster than an SVD of X. Squaring costs half of the digits, and X V, in main_directions,
-    restores them, but for singular values below 1e-8 of the first: ROUNDING is larger, 1e-6.
+    That is faster than an SVD of X. Squaring costs digits: small singular values are inexact. They
+    only decide how many directions main_directions takes; these it computes anew, as X V.
     """
     if X.shape[0] < X.shape[1]:
         squares, U = torch.linalg.eigh(X @ X.T)  # the smallest one first
@@ -822,9 +822,8 @@ def update_columns(B, A_T):
     So left (n, min(r, d)) has the left singular vectors and the singular values of ΔW, in whichever
     way ΔW is split into B and A. B has not: B M and M^-1 A have the same ΔW for any invertible M.
 
-        A^T = Q R (QR), so A A^T = R^T R, and ΔW ΔW^T = B (A A^T) B^T = (B R^T) (B R^T)^T
-
-    So left = B R^T. For right, B and A^T change places.
+        A^T = Q_A R_A (QR), so ΔW   = B A     = (B R_A^T) Q_A^T,    and left  = B R_A^T
+        B   = Q_B R_B (QR), so ΔW^T = A^T B^T = (A^T R_B^T) Q_B^T,  and right = A^T R_B^T
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R
     R_B = torch.linalg.qr(B.double(), mode="r").R
@@ -839,7 +838,8 @@ def update_stacks(pairs):
     mean, but not their main directions.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
-    # ‖left‖ = ‖right‖ = ‖ΔW‖, but for rounding: if B A cancels to 0, one alone may be 0
+    # ‖left‖ = ‖right‖ = ‖ΔW‖. Where B A cancels to 0, both are errors of rounding, and one may be
+    # 0: the other must not be divided by that.
     norms = [max(float(left.norm()), float(right.norm())) for left, right in updates]
     floor = max(ROUNDING * max(norms), 1e-300)  # 1e-300: all ΔW may be 0
     lefts = []
@@ -1072,12 +1072,14 @@ def check_adapter(task, adapter, shapes):
 
 
 def drop_leftover(linear):
-    """Remove the forward of its class from the object: it would hide the forward of another class.
+    """Forget a forward that is stored on the object, if it is just that of its class.
 
-    accelerate's offload leaves it there when it is undone.
+    accelerate's offload, when undone, leaves it there. When the class changes, Python would go on
+    calling it.
     """
-    if linear.forward == types.MethodType(type(linear).forward, linear):
-        vars(linear).pop("forward", None)
+    stored = vars(linear).get("forward")  # None for a normal layer
+    if stored == types.MethodType(type(linear).forward, linear):
+        del linear.forward
 
 
 def check_linear(layer, linear, cls, bases):
