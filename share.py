@@ -237,8 +237,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     #    the coefficients that the task has.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; start stays, for step 3
-    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen. There,
-    #    forward has B and A from share.factors, and this from learned_factors of the copy.
+    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen. In
+    #    forward, share.factors then returns the learned_factors of the copy.
     with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Keep the layers that have moved. Others, which the loss never reached, hold random numbers.
