@@ -34,7 +34,6 @@ Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three o
 import contextlib
 import copy
 import json
-import types
 import uuid
 import zlib
 from dataclasses import dataclass, field
@@ -156,8 +155,8 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
     `variance` of the rest. Ours:
     - add the direction of the mean, see `with_mean`;
     - centre=False: subtract no mean, and add none;
-    - k, in place of variance: take the first k directions, or fewer, of the stack as it is. They
-      hold as much of it as k directions can. `centre` does not matter.
+    - k, in place of variance: take the first k directions, or fewer, of the stack as it is; no mean
+      is subtracted.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -178,17 +177,21 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    S, V = right_svd(X)  # of the SVD X = U S V^T
-    rank = int(S.gt(rounding).sum())
-    S, V = S[:rank], V[:, :rank]
+    if X.shape[0] < X.shape[1]:
+        # For speed: X = R^T Q^T, and R^T, which is only n × n, has the U and S of X.
+        X = torch.linalg.qr(X.T, mode="r").R.T
+    # The SVD X = U S V^T by way of X^T X = V S² V^T, which is faster.
+    squares, V = torch.linalg.eigh(X.T @ X)
+    squares, V = squares.flip(0), V.flip(1)  # the largest one first
+    rank = int(squares.gt(rounding**2).sum())
+    squares, V = squares[:rank], V[:, :rank]
     if k is None:
         # Say that the first direction explains 0.5, the first two 0.8, and 0.6 is wanted. Then one
         # direction is too few, and k is 2.
-        explained = (S**2).cumsum(0)
-        wanted = (variance - 1e-12) * (S**2).sum()  # 1e-12: rounding may make 0.6 of it 0.59999…
+        explained = squares.cumsum(0)
+        wanted = (variance - 1e-12) * squares.sum()  # 1e-12: rounding may make 0.6 of it 0.59999…
         k = 1 + int((explained < wanted).sum())
-    US = X @ V[:, :k]
-    return orthonormal([US])  # U: QR divides each column by its length
+    return orthonormal([X @ V[:, :k]])  # X V = U S, and QR divides each column by its length
 
 
 def project(bases, pair):
@@ -337,11 +340,10 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 # --- Part 2, everything else. Behind merge
 def keep_size(basis, stack, least):
-    """Ours: in a merge by variance, a basis of at least `least` columns, its size before.
+    """Ours: in a merge by variance, a basis keeps at least its size before, `least`.
 
-    Old tasks are rebuilt from what earlier merges have kept. To keep 60 % of that, merge after
-    merge, would shrink the basis, and the old tasks with it. So, if it is too narrow, take another
-    one in its place: the first `least` directions of the stack, without subtracting the mean.
+    To keep 60 % of what earlier merges have kept, merge after merge, would shrink it, and the old
+    tasks with it. If it is too narrow, the first `least` directions of the stack take its place.
     """
     if basis.shape[1] < least:  # never in phase 1, where least is 0
         return build_basis(stack, k=least)
@@ -351,12 +353,11 @@ def keep_size(basis, stack, least):
 def shorten(bases, new):
     """For speed: the same merge on short columns. Returns Q, short bases and short new adapters.
 
-    All columns, old and new, lie in the span of beta and the new B's, of q dimensions: 40 for kβ =
-    32 and one new adapter of rank 8, whatever n. Let Q (n, q) be an orthonormal basis of it. Then
-    each column is Q times a short one, which is Q^T times the column. Q keeps lengths and angles,
-    and sums, means and SVDs commute with it. So merge_layer makes of short columns the same bases,
-    but with Q^T before them, and the same coefficients, but for signs. `lengthen` multiplies by Q.
-    A^T likewise, with a Q of its own.
+    All columns, old and new, lie in the span of beta and the new B's. It has few dimensions: 40 for
+    kβ = 32 and one new adapter of rank 8, whatever n. Q (n, 40) is an orthonormal basis of it, and
+    Q^T c (40) the short form of a column c, as c = Q Q^T c. Lengths, angles and sums are the same
+    for short columns, and so are their singular values and coefficients. Only the bases come out
+    short: `lengthen` multiplies them by Q. A^T likewise.
     """
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
@@ -443,7 +444,6 @@ class Share:
             linear = modules[layer]
             if linear in linears.values():
                 raise ValueError(f"layer {layer!r} is another layer of the share as well")
-            drop_leftover(linear)
             check_linear(layer, linear, nn.Linear, self.bases[layer])
             linears[layer] = linear
         for layer, linear in linears.items():
@@ -515,7 +515,6 @@ class Share:
         if not attached:
             raise ValueError("no layer of the model is attached, or each carries another share")
         for layer, linear in attached.items():
-            drop_leftover(linear)
             check_linear(layer, linear, ShareLinear, self.bases[layer])
             # ΔW cannot be added to a quantized weight, of integers or of a subclass of Parameter.
             plain = type(linear.weight) is nn.Parameter and linear.weight.is_floating_point()
@@ -625,12 +624,11 @@ class Share:
         layers = []
         for i, (layer, bases) in enumerate(all_bases.items()):
             by_task = all_coefficients[layer]
-            # each task's p, by which `load` splits i.eps; 0, if it leaves the layer alone
-            widths = [by_task[task][0].shape[1] if task in by_task else 0 for task in all_records]
-            layers.append((layer, widths))
+            widths = {task: eps_beta.shape[1] for task, (eps_beta, _) in by_task.items()}
+            layers.append((layer, widths))  # by each task's p `load` splits i.eps
             for side in (0, 1):
                 empty = bases[side].new_zeros(bases[side].shape[1], 0)  # cat takes no empty list
-                columns = [by_task[task][side] for task in all_records if task in by_task]
+                columns = [eps[side] for eps in by_task.values()]
                 tensors[f"{i}.basis.{side}"] = bases[side]
                 tensors[f"{i}.eps.{side}"] = torch.cat([empty, *columns], dim=1)
         records = {}
@@ -667,12 +665,11 @@ class Share:
         bases, coefficients, records = {}, {}, {}
         for i, (layer, widths) in enumerate(state["layers"]):
             bases[layer] = tensors[f"{i}.basis.0"], tensors[f"{i}.basis.1"]
-            eps_betas = tensors[f"{i}.eps.0"].split(widths, dim=1)
-            eps_alphas = tensors[f"{i}.eps.1"].split(widths, dim=1)
+            eps_betas = tensors[f"{i}.eps.0"].split(list(widths.values()), dim=1)
+            eps_alphas = tensors[f"{i}.eps.1"].split(list(widths.values()), dim=1)
             coefficients[layer] = {}
-            for j, task in enumerate(state["records"]):
-                if widths[j] > 0:  # 0: it leaves the layer alone
-                    coefficients[layer][task] = eps_betas[j].clone(), eps_alphas[j].clone()
+            for task, eps_beta, eps_alpha in zip(widths, eps_betas, eps_alphas, strict=True):
+                coefficients[layer][task] = eps_beta.clone(), eps_alpha.clone()
         for j, (task, record) in enumerate(state["records"].items()):
             extras = {name: tensors[f"{j}.extra.{name}"] for name in record["extras"]}
             records[task] = record | {"extras": extras}
@@ -766,20 +763,6 @@ def squared_norm(adapter):
     return total
 
 
-def right_svd(X):
-    """S and V of the SVD X = U S V^T, by the smaller one of X^T X = V S² V^T and X X^T = U S² U^T.
-
-    That is faster than an SVD of X. Squaring costs digits: small singular values are inexact. They
-    only decide how many directions main_directions takes; these it computes anew, as X V.
-    """
-    if X.shape[0] < X.shape[1]:
-        squares, U = torch.linalg.eigh(X @ X.T)  # the smallest one first
-        V = F.normalize(X.T @ U, dim=0)  # X^T U = V S
-    else:
-        squares, V = torch.linalg.eigh(X.T @ X)
-    return squares.flip(0).clamp(min=0).sqrt(), V.flip(1)
-
-
 def best_rank(eps, p):
     """Ours: coefficients cut to at most p columns, with the least change of ΔW.
 
@@ -790,14 +773,12 @@ def best_rank(eps, p):
         return eps
     eps_beta, eps_alpha = eps
     p = min(p, eps_beta.shape[1])
-    if 0 in (len(eps_beta), len(eps_alpha)):
-        # A basis is empty, so ΔW is 0, and there is nothing to cut. Keep p columns all the same, as
-        # `save` takes 0 columns for a task without this layer.
-        return eps_beta[:, :p], eps_alpha[:, :p]
     middle = eps_beta.double() @ eps_alpha.double().T  # (kβ, kα)
+    if 0 in middle.shape:  # a basis is empty, so ΔW is 0, and any p columns do
+        return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     # Set to 0 what is an error of rounding. Its root would not be small any more.
-    S = torch.where(S.gt(ROUNDING * S[0]), S, 0.0)
+    S = torch.where(S.gt(ROUNDING * S.norm()), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
 
@@ -807,7 +788,6 @@ def with_mean(basis, mean, m, rounding):
     """Ours: a basis and, beside it, the direction of the part of the mean that lies outside of it.
 
     `project` takes the m columns as they are, mean included, and each of them would lose this part.
-    All in float64.
     """
     outside = mean - basis @ (basis.T @ mean)
     lost = m**0.5 * outside.norm()  # the norm of m copies of it
@@ -838,8 +818,7 @@ def update_stacks(pairs):
     mean, but not their main directions.
     """
     updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
-    # ‖left‖ = ‖right‖ = ‖ΔW‖. Where B A cancels to 0, both are errors of rounding, and one may be
-    # 0: the other must not be divided by that.
+    # ‖left‖ = ‖right‖ = ‖ΔW‖, but where B A cancels to 0 both are rounding, and one may be 0.
     norms = [max(float(left.norm()), float(right.norm())) for left, right in updates]
     floor = max(ROUNDING * max(norms), 1e-300)  # 1e-300: all ΔW may be 0
     lefts = []
@@ -957,7 +936,12 @@ def moved_layers(task, start, trained):
     """{layer: {name: tensor}} of the layers in which a parameter has another value now."""
     moved = {}
     for layer, parameters in trained.items():
-        end = {name: whole(parameter) for name, parameter in parameters.items()}
+        end = {}
+        for name, parameter in parameters.items():
+            value = parameter.detach()
+            if hasattr(value, "full_tensor"):  # fully_shard, called in the block, has split it
+                value = value.full_tensor()  # a collective call: every process has to make it
+            end[name] = value
         # .to: the caller may have moved the model to another device, or cast it
         same = [torch.equal(start[layer][name].to(value), value) for name, value in end.items()]
         if not all(same):
@@ -965,14 +949,6 @@ def moved_layers(task, start, trained):
     if not moved:
         raise ValueError(f"task {task!r}: no parameter has moved; is the optimizer from the block?")
     return moved
-
-
-def whole(parameter):
-    """A parameter's numbers, which fully_shard, called in the block, may have split."""
-    value = parameter.detach()
-    if hasattr(value, "full_tensor"):
-        value = value.full_tensor()  # a collective call: every process has to make it
-    return value
 
 
 @contextlib.contextmanager
@@ -1003,18 +979,14 @@ def frozen(model):
 
 
 def no_fast_path(linear, inputs):
-    """A hook before forward that does nothing but exist.
+    """A hook that does nothing but exist: nn.TransformerEncoderLayer then calls its layers.
 
-    nn.TransformerEncoderLayer has a fast path that reads the weights of its layers in place of
-    calling them, so that ΔW would be lost. It does not take this path if one of them has a hook.
+    Without a hook it may take a fast path, which only reads their weights, and ΔW would be lost.
     """
 
 
 def follow_weight(linear):
-    """Bring a layer's bases and coefficients to where its weight is.
-
-    They are no parameters of the model, so that model.to(device) does not move them.
-    """
+    """Move a layer's bases and coefficients to where its weight is: model.to() does not."""
     device = linear.weight.device
     beta, _ = linear.share.bases[linear.layer]
     # An offloaded weight is on "meta", except in forward: there is nothing to follow until then.
@@ -1034,7 +1006,7 @@ def move_layer(share, layer, device):
 
 
 # --- Refusals and files
-FORMAT = "share 5"  # of the file that `Share.save` writes
+FORMAT = "share 6"  # of the file that `Share.save` writes
 WRAPPERS = ("DataParallel", "FSDPModule", "DeepSpeedEngine")  # ends of names of classes
 
 
@@ -1071,17 +1043,6 @@ def check_adapter(task, adapter, shapes):
                 raise ValueError(f"{where}; one is not of floats, or holds NaN or infinity")
 
 
-def drop_leftover(linear):
-    """Forget a forward that is stored on the object, if it is just that of its class.
-
-    accelerate's offload, when undone, leaves it there. When the class changes, Python would go on
-    calling it.
-    """
-    stored = vars(linear).get("forward")  # None for a normal layer
-    if stored == types.MethodType(type(linear).forward, linear):
-        del linear.forward
-
-
 def check_linear(layer, linear, cls, bases):
     """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")  # None: pruning or the like has replaced it
@@ -1089,7 +1050,9 @@ def check_linear(layer, linear, cls, bases):
     if type(linear) is not cls or weight is None:
         reason = f"it takes {cls.__name__} itself, with no pruning or the like on its weight"
     elif "forward" in vars(linear):
-        reason = "its forward is patched; attach first and offload afterwards; undo it to detach"
+        reason = (
+            "its forward is patched; attach first and offload afterwards; delete a leftover one"
+        )
     elif weight.is_meta:
         reason = "its weight is on meta; load the weights first"
     elif weight.shape != shape:
