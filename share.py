@@ -55,9 +55,9 @@ ROUNDING = 1e-6  # relative size below which a singular value or a column counts
 #     share.variance, share.stacking  settings of phase 1, for phase 3
 #     share.selected                  the task whose ΔW is added in forward
 #
-# Of its methods whose names begin with _, _pairs_by_layer regroups {task: Adapter} by layer, _start
-# calls start_layer for each layer, _resume takes the coefficients that a task has, _keep and _store
-# write results. The rest of them is checks.
+# Its methods with an underscore do the bookkeeping: _pairs_by_layer regroups {task: Adapter} by
+# layer, _start calls start_layer for each layer, _resume takes the coefficients that a task has,
+# _keep and _store write results. The rest of them is checks.
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -177,21 +177,16 @@ def main_directions(X, rounding, variance=None, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    if X.shape[0] < X.shape[1]:
-        # For speed: X = R^T Q^T, and R^T, which is only n × n, has the U and S of X.
-        X = torch.linalg.qr(X.T, mode="r").R.T
-    # The SVD X = U S V^T by way of X^T X = V S² V^T, which is faster.
-    squares, V = torch.linalg.eigh(X.T @ X)
-    squares, V = squares.flip(0), V.flip(1)  # the largest one first
-    rank = int(squares.gt(rounding**2).sum())
-    squares, V = squares[:rank], V[:, :rank]
+    US, S = scaled_directions(X)  # the columns of U S, and S, of the SVD X = U S V^T
+    rank = int(S.gt(rounding).sum())
+    US, S = US[:, :rank], S[:rank]
     if k is None:
         # Say that the first direction explains 0.5, the first two 0.8, and 0.6 is wanted. Then one
         # direction is too few, and k is 2.
-        explained = squares.cumsum(0)
-        wanted = (variance - 1e-12) * squares.sum()  # 1e-12: rounding may make 0.6 of it 0.59999…
+        explained = (S**2).cumsum(0)
+        wanted = (variance - 1e-12) * (S**2).sum()  # 1e-12: rounding may make 0.6 of it 0.59999…
         k = 1 + int((explained < wanted).sum())
-    return orthonormal([X @ V[:, :k]])  # X V = U S, and QR divides each column by its length
+    return orthonormal([US[:, :k]])  # U: QR divides each column by its length
 
 
 def project(bases, pair):
@@ -309,12 +304,12 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
         old = share.coefficients.get(layer)
         if old is None:  # a new layer: phase 1
             merged = build_layer(new, variance, k, share.stacking)
-        elif grow:  # ours
-            merged = grow_layer(share.bases[layer], old, new, variance, k)
-        else:  # phase 3; columns are shortened, and the result lengthened, for speed only
+        elif not grow:  # phase 3; columns are shortened, and the result lengthened, for speed only
             Q, short_bases, short_new = shorten(share.bases[layer], new)
             short = merge_layer(short_bases, old, short_new, variance, k, share.stacking)
             merged = lengthen(Q, short, share.bases[layer])
+        else:  # ours
+            merged = grow_layer(share.bases[layer], old, new, variance, k)
         bases[layer], coefficients[layer] = merged
     share._store(adapters, bases, coefficients)
 
@@ -340,10 +335,11 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 # --- Part 2, everything else. Behind merge
 def keep_size(basis, stack, least):
-    """Ours: in a merge by variance, a basis keeps at least its size before, `least`.
+    """Ours: in a merge by variance, a basis has `least` columns, its size before, or more.
 
     To keep 60 % of what earlier merges have kept, merge after merge, would shrink it, and the old
-    tasks with it. If it is too narrow, the first `least` directions of the stack take its place.
+    tasks with it. If it is too narrow, the first `least` directions of the stack take its place:
+    no mean is subtracted, as for any k. They are fewer only if the stack has a lower rank.
     """
     if basis.shape[1] < least:  # never in phase 1, where least is 0
         return build_basis(stack, k=least)
@@ -354,19 +350,18 @@ def shorten(bases, new):
     """For speed: the same merge on short columns. Returns Q, short bases and short new adapters.
 
     All columns, old and new, lie in the span of beta and the new B's. It has few dimensions: 40 for
-    kβ = 32 and one new adapter of rank 8, whatever n. Q (n, 40) is an orthonormal basis of it, and
-    Q^T c (40) the short form of a column c, as c = Q Q^T c. Lengths, angles and sums are the same
-    for short columns, and so are their singular values and coefficients. Only the bases come out
-    short: `lengthen` multiplies them by Q. A^T likewise.
+    kβ = 32 and one new adapter of rank 8, whatever n. Q (n, 40) is an orthonormal basis of it, so
+    c = Q (Q^T c) for each column c, and Q^T c, of 40 numbers, is its short form. Short columns have
+    the inner products of the long ones, so the same singular values and coefficients, and their
+    mean is the short form of the mean. Only the new bases come out short: `lengthen` multiplies
+    them by Q. A^T likewise.
     """
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
-    short_bases = Q_beta.T @ beta.double(), Q_alpha.T @ alpha.double()
-    short_new = {}
-    for task, (B, A_T) in new.items():
-        short_new[task] = Q_beta.T @ B.double(), Q_alpha.T @ A_T.double()
-    return (Q_beta, Q_alpha), short_bases, short_new
+    Q = Q_beta, Q_alpha
+    short_new = {task: project(Q, pair) for task, pair in new.items()}
+    return Q, project(Q, bases), short_new
 
 
 def lengthen(Q, merged, old_bases):
@@ -689,7 +684,7 @@ class Share:
             check_adapter(task, adapter, shapes)
             for layer, (B, A) in adapter.factors.items():
                 # In a new layer, check_adapter compares the next adapters with this one.
-                shapes[layer] = len(B), A.shape[1]
+                shapes.setdefault(layer, (len(B), A.shape[1]))
                 device = devices.setdefault(layer, B.device)
                 dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
                 pair = B.detach().to(device, dtype), A.detach().to(device, dtype).T
@@ -763,6 +758,16 @@ def squared_norm(adapter):
     return total
 
 
+def scaled_directions(X):
+    """U S and S of the SVD X = U S V^T, by way of X^T X = V S² V^T, which is faster."""
+    if X.shape[0] < X.shape[1]:
+        # X = R^T Q^T, and R^T, which is only n × n, has the same U and S.
+        X = torch.linalg.qr(X.T, mode="r").R.T
+    squares, V = torch.linalg.eigh(X.T @ X)  # the smallest one first
+    squares, V = squares.flip(0), V.flip(1)
+    return X @ V, squares.clamp(min=0).sqrt()  # X V = U S
+
+
 def best_rank(eps, p):
     """Ours: coefficients cut to at most p columns, with the least change of ΔW.
 
@@ -785,9 +790,10 @@ def best_rank(eps, p):
 
 # --- Ours
 def with_mean(basis, mean, m, rounding):
-    """Ours: a basis and, beside it, the direction of the part of the mean that lies outside of it.
+    """Ours: a basis and, beside it, the direction of the mean, as far as it lies outside.
 
-    `project` takes the m columns as they are, mean included, and each of them would lose this part.
+    The basis was made of columns minus their mean, but `project` takes the m columns with it, and
+    each of them would lose the part of the mean that is outside.
     """
     outside = mean - basis @ (basis.T @ mean)
     lost = m**0.5 * outside.norm()  # the norm of m copies of it
@@ -797,35 +803,36 @@ def with_mean(basis, mean, m, rounding):
 
 
 def update_columns(B, A_T):
-    """Ours: left and right, in float64, with left left^T = ΔW ΔW^T and right right^T = ΔW^T ΔW.
+    """Ours: left (n, ·) and right (d, ·), in float64, in place of B and A^T.
 
-    So left (n, min(r, d)) has the left singular vectors and the singular values of ΔW, in whichever
-    way ΔW is split into B and A. B has not: B M and M^-1 A have the same ΔW for any invertible M.
-
-        A^T = Q_A R_A (QR), so ΔW   = B A     = (B R_A^T) Q_A^T,    and left  = B R_A^T
-        B   = Q_B R_B (QR), so ΔW^T = A^T B^T = (A^T R_B^T) Q_B^T,  and right = A^T R_B^T
+    They have the left and the right singular vectors of ΔW, and its singular values. B and A have
+    others, which depend on how ΔW is split: B M and M^-1 A give the same ΔW for any M.
     """
-    R_A = torch.linalg.qr(A_T.double(), mode="r").R
-    R_B = torch.linalg.qr(B.double(), mode="r").R
-    return B.double() @ R_A.T, A_T.double() @ R_B.T
+    # By a QR A^T = Q R, ΔW = B A = (B R^T) Q^T. As Q^T Q = 1, ΔW ΔW^T = (B R^T) (B R^T)^T.
+    R = torch.linalg.qr(A_T.double(), mode="r").R
+    left = B.double() @ R.T
+    # Likewise for ΔW^T = A^T B^T, by a QR B = Q R.
+    R = torch.linalg.qr(B.double(), mode="r").R
+    right = A_T.double() @ R.T
+    return left, right
 
 
 def update_stacks(pairs):
-    """Ours, for "updates": `update_columns` of all tasks side by side, each divided by ‖ΔW‖.
+    """Ours, for "updates": `update_columns` of all tasks side by side, each divided by its norm.
 
-    So all tasks weigh the same, but for a ΔW smaller than ROUNDING times the largest. No mean is
-    subtracted: the columns are known only up to a rotation from the right, which changes their
-    mean, but not their main directions.
+    The norm is ‖ΔW‖. So all tasks weigh the same, but for a ΔW smaller than ROUNDING times the
+    largest. No mean is subtracted: the columns are known only up to a rotation from the right,
+    which changes their mean, but not their main directions.
     """
-    updates = [update_columns(B, A_T) for B, A_T in pairs.values()]
-    # ‖left‖ = ‖right‖ = ‖ΔW‖, but where B A cancels to 0 both are rounding, and one may be 0.
-    norms = [max(float(left.norm()), float(right.norm())) for left, right in updates]
-    floor = max(ROUNDING * max(norms), 1e-300)  # 1e-300: all ΔW may be 0
+    updates = {task: update_columns(B, A_T) for task, (B, A_T) in pairs.items()}
+    largest = max(float(left.norm()) for left, _ in updates.values())
+    floor = max(ROUNDING * largest, 1e-300)  # 1e-300: all ΔW may be 0
     lefts = []
     rights = []
-    for (B, A_T), (left, right), norm in zip(pairs.values(), updates, norms, strict=True):
-        lefts.append((left / max(norm, floor)).to(B.dtype))
-        rights.append((right / max(norm, floor)).to(A_T.dtype))
+    for task, (left, right) in updates.items():
+        B, A_T = pairs[task]
+        lefts.append((left / max(float(left.norm()), floor)).to(B.dtype))
+        rights.append((right / max(float(right.norm()), floor)).to(A_T.dtype))
     return torch.cat(lefts, dim=1), torch.cat(rights, dim=1)
 
 
@@ -1114,9 +1121,10 @@ def write_whole(path, content):
 # Learning
 # - Make optimizers, Trainers, DistributedDataParallel and moving averages in the block of learn,
 #   and load the best checkpoint before it ends.
-# - fully_shard replaces parameters by parts of them, and knows none that are added later. So learn
-#   refuses a model that is sharded already. Call it in the block, and then train those of
-#   model.parameters() that require gradients. Tensor parallelism and nn.DataParallel do not work.
+# - fully_shard knows no parameters that are added later. So learn refuses a model that is sharded
+#   already. Call it in the block. It puts new parameters in place of those that learn has yielded:
+#   train those of model.parameters() that require gradients. Tensor parallelism and
+#   nn.DataParallel do not work.
 # - A head that trains along is yours: unfreeze it in the block, copy it for each task, put it back.
 # - To give a learned task extras: reconstruct it, set them, remove it, add it.
 # - Call eval() on BatchNorm layers: in training mode a task would adapt to the statistics of each
