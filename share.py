@@ -782,7 +782,7 @@ def best_rank(eps, p):
     if 0 in middle.shape:  # a basis is empty, so ΔW is 0, and any p columns do
         return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # Set to 0 what is an error of rounding. Its root would not be small any more.
+    # Set errors of rounding to 0: the root of 1e-16 is 1e-8, a direction for a later merge.
     S = torch.where(S.gt(ROUNDING * S.norm()), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -1058,7 +1058,7 @@ def check_linear(layer, linear, cls, bases):
         reason = f"it takes {cls.__name__} itself, with no pruning or the like on its weight"
     elif "forward" in vars(linear):
         reason = (
-            "its forward is patched; attach first and offload afterwards; delete a leftover one"
+            "its forward is patched; attach first and offload afterwards; delete a leftover forward"
         )
     elif weight.is_meta:
         reason = "its weight is on meta; load the weights first"
