@@ -57,7 +57,7 @@ ROUNDING = 1e-6  # relative size below which a singular value or a column counts
 #
 # Its methods with an underscore do the bookkeeping: _pairs_by_layer regroups {task: Adapter} by
 # layer, _start calls start_layer for each layer, _resume takes the coefficients that a task has,
-# _keep and _store write results. The rest of them is checks.
+# _keep and _store write results.
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -163,12 +163,14 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
     check_stack(stack, variance, k)
     X = stack.double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    if k is None and centre:  # the paper's
+    if k is not None:  # ours
+        basis = main_directions(X, rounding, k=k)
+    elif not centre:  # ours
+        basis = main_directions(X, rounding, variance)
+    else:  # the paper's
         mean = X.mean(dim=1, keepdim=True)
         basis = main_directions(X - mean, rounding, variance)
         basis = with_mean(basis, mean, X.shape[1], rounding)  # ours
-    else:  # ours
-        basis = main_directions(X, rounding, variance, k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
@@ -179,14 +181,14 @@ def main_directions(X, rounding, variance=None, k=None):
     """
     US, S = scaled_directions(X)  # the columns of U S, and S, of the SVD X = U S V^T
     rank = int(S.gt(rounding).sum())
-    US, S = US[:, :rank], S[:rank]
     if k is None:
         # Say that the first direction explains 0.5, the first two 0.8, and 0.6 is wanted. Then one
         # direction is too few, and k is 2.
-        explained = (S**2).cumsum(0)
-        wanted = (variance - 1e-12) * (S**2).sum()  # 1e-12: rounding may make 0.6 of it 0.59999…
+        explained = (S[:rank] ** 2).cumsum(0)
+        wanted = (variance - 1e-12) * (S[:rank] ** 2).sum()  # 1e-12: 0.6 may come out as 0.59999…
         k = 1 + int((explained < wanted).sum())
-    return orthonormal([US[:, :k]])  # U: QR divides each column by its length
+    # U: QR makes the lengths 1, and the columns of small S, which rounding has tilted, orthogonal.
+    return orthonormal([US[:, : min(k, rank)]])
 
 
 def project(bases, pair):
@@ -243,13 +245,13 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     ends = moved_layers(task, start, trained)
     if phi == 0:
         share._keep(task, ends)
-        return
-    # 4. With phi > 0: the temporary columns are in no basis. So merge B and A as a new adapter.
-    factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-    if grow:  # ours: nothing is lost
-        share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
-    else:  # phase 3
-        share.merge({task: Adapter(factors)})
+    else:
+        # 4. The temporary columns are in no basis. So merge B and A, of rank p, as a new adapter.
+        factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
+        if grow:  # ours: bases grow by p directions at most, and nothing is lost
+            share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
+        else:  # phase 3
+            share.merge({task: Adapter(factors)})
 
 
 def start_layer(bases, p, phi, sigma, generator):
@@ -292,7 +294,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     Earlier tasks may lose a part, see `retained`.
     variance: see `build_basis`; None is the share's. Ours: no basis gets smaller, unless its tasks
     span fewer directions, as after `remove`.
-    k, ours: in place of variance, the new size. Later merges by variance keep at least this size.
+    k, ours: in place of variance, the new size at most. Later merges by variance keep that size.
     grow=True, ours: bases and earlier tasks stay, and directions are added: with variance=1.0 all
     that the new ΔW lack, see `grow_layer`.
     """
@@ -805,24 +807,22 @@ def with_mean(basis, mean, m, rounding):
 def update_columns(B, A_T):
     """Ours: left (n, ·) and right (d, ·), in float64, in place of B and A^T.
 
-    They have the left and the right singular vectors of ΔW, and its singular values. B and A have
-    others, which depend on how ΔW is split: B M and M^-1 A give the same ΔW for any M.
+    left left^T = ΔW ΔW^T and right right^T = ΔW^T ΔW. So left and right have the singular vectors
+    and values of ΔW, however it is split into B and A. B and A themselves have others for each
+    split: B M and M^-1 A are the same ΔW for any invertible M.
     """
-    # By a QR A^T = Q R, ΔW = B A = (B R^T) Q^T. As Q^T Q = 1, ΔW ΔW^T = (B R^T) (B R^T)^T.
-    R = torch.linalg.qr(A_T.double(), mode="r").R
-    left = B.double() @ R.T
-    # Likewise for ΔW^T = A^T B^T, by a QR B = Q R.
-    R = torch.linalg.qr(B.double(), mode="r").R
-    right = A_T.double() @ R.T
-    return left, right
+    R_A = torch.linalg.qr(A_T.double(), mode="r").R  # A^T = Q R_A
+    R_B = torch.linalg.qr(B.double(), mode="r").R
+    # ΔW = B A = (B R_A^T) Q^T, and Q^T Q = 1 drops out of ΔW ΔW^T. Likewise for ΔW^T = A^T B^T.
+    return B.double() @ R_A.T, A_T.double() @ R_B.T
 
 
 def update_stacks(pairs):
     """Ours, for "updates": `update_columns` of all tasks side by side, each divided by its norm.
 
     The norm is ‖ΔW‖. So all tasks weigh the same, but for a ΔW smaller than ROUNDING times the
-    largest. No mean is subtracted: the columns are known only up to a rotation from the right,
-    which changes their mean, but not their main directions.
+    largest. No mean is subtracted: another split of ΔW makes of left left G with G G^T = 1. This
+    changes the mean of the columns, but not left left^T, and so not the main directions.
     """
     updates = {task: update_columns(B, A_T) for task, (B, A_T) in pairs.items()}
     largest = max(float(left.norm()) for left, _ in updates.values())
@@ -1100,10 +1100,9 @@ def write_whole(path, content):
 #
 # Weights
 # - state_dict() and save_pretrained() hold W0 only, whatever is selected. Save the share, too.
-# - ΔW is lost where code reads a layer's weight and does not call the layer (lm_head in some losses
-#   of TRL, diffusers after fuse_qkv_projections, some blocks of timm), or puts a new layer in its
-#   place (quanto's quantize, torchao's float8 training, resize_token_embeddings). Fold the task in
-#   before: detach(model, task). It makes new Parameters, so make the optimizer after it.
+# - ΔW is lost where code reads a layer's weight and does not call the layer (fused losses and
+#   attention blocks), or puts a new layer in its place (quantizers, resize_token_embeddings). Fold
+#   the task in before: detach(model, task). It makes new Parameters: make the optimizer after it.
 # - A deep copy of a model has a deep copy of the share: model.get_submodule(layer).share.
 # - Apple's MPS has no float64: to build, add, merge, learn with phi > 0 or detach(model, task),
 #   move the model, and so the share, to the CPU first.
@@ -1121,9 +1120,9 @@ def write_whole(path, content):
 # Learning
 # - Make optimizers, Trainers, DistributedDataParallel and moving averages in the block of learn,
 #   and load the best checkpoint before it ends.
-# - fully_shard knows no parameters that are added later. So learn refuses a model that is sharded
-#   already. Call it in the block. It puts new parameters in place of those that learn has yielded:
-#   train those of model.parameters() that require gradients. Tensor parallelism and
+# - fully_shard: call it in the block of learn. It replaces the parameters, so in place of the list
+#   that learn has yielded train [q for q in model.parameters() if q.requires_grad]. A model that is
+#   sharded already cannot take new parameters: learn refuses it. Tensor parallelism and
 #   nn.DataParallel do not work.
 # - A head that trains along is yours: unfreeze it in the block, copy it for each task, put it back.
 # - To give a learned task extras: reconstruct it, set them, remove it, add it.
