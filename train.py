@@ -8,12 +8,13 @@ layer's weight (n, d), of rank p. The first tasks keep LoRA's rank, each later o
 
     phase 1  Share.from_adapters  the LoRA adapters of the first tasks make the bases and get
                                   coefficients by projection: beta^T B and alpha^T A^T
-    phase 2  share.learn, phi=0   each later task trains its coefficients; the bases are frozen
-    phase 3  share.learn, phi=1   as phase 2, but with phi temporary columns beside each basis: the
-                                  task's ΔW is then merged (of finished adapters: share.merge)
+    phase 2  share.learn          each later task trains its coefficients and, with phi > 0, phi
+                                  temporary columns beside each basis; the bases are frozen
+    phase 3  the end of it        with phi > 0 the task's ΔW is merged into the bases, as
+                                  share.merge does with finished adapters
 
 Phase 1 puts columns of the first tasks side by side, and keeps the leading left singular vectors:
-the fewest whose squared singular values make up a given fraction of the total, the variance.
+the fewest whose squared singular values add up to a given fraction, `variance`, of those of all.
 
     stack="factors"  the paper's: [B1 B2 …] for beta and [A1^T A2^T …] for alpha, minus the mean
                      column. Ours: then the direction of the mean is added, as the columns are
@@ -341,10 +342,11 @@ class Experiment:
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
             # In this block these numbers alone, as parameters of the model, require gradients.
             trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        # The end of the block has stored the coefficients. With phi > 0 it has changed the bases:
-        #     grow=True   ours: each gets the directions of ΔW that it lacks; other ΔW stay
-        #     grow=False  the paper's: phase 1 again, with the B and A of all tasks, this one
-        #                 included; all ΔW may change. (Ours: no basis gets smaller than before.)
+        # The end of the block has stored the coefficients. With phi > 0, phase 3 has followed in it:
+        #     grow=True   ours: each basis gets the directions of ΔW that it lacks; other ΔW stay
+        #     grow=False  the paper's: phase 1 again, in which B and A of all tasks, this one, too,
+        #                 are stacked as the share's `stack` says; all ΔW may change. (Ours: no
+        #                 basis gets smaller than before.)
         return trained
 
     def selected_accuracies(self, share, model, tasks):
@@ -562,7 +564,8 @@ class Router:
         radius = own
         if len(samples) > 1:
             other = torch.quantile(distances_to_others(scaled, means), 0.02)
-            radius = torch.maximum(own, (own + other) / 2)
+            if own < other:
+                radius = (own + other) / 2
         return cls(list(features), means, scale, float(radius))
 
     def route(self, features):
@@ -790,7 +793,7 @@ def scaling(seed, counts, n=1024, r=8):
     print(f"one layer of {n} × {n}, adapters of rank {r}, variance 0.6, stack 'factors'")
     print("build      seconds of phase 1")
     print("merge      milliseconds to load a share and merge one adapter by the paper's phase 3")
-    print("plainly    the same without the shortcut of `shorten`")
+    print("plainly    the same on whole columns, which `Share.merge` shortens first")
     print("stored     numbers of a share at p = 1 (the times are of one at rank r)")
     print("apart      numbers of the adapters")
     print("tasks   build   merge    plainly   ratio   stored       apart")
@@ -822,11 +825,11 @@ def load_and_merge(path, adapter):
 
 
 def load_and_merge_plainly(path, adapter):
-    """The same on whole columns, with share.py's `merge_layer` alone. Only its time is used."""
+    """The same on whole columns (n), which `Share.merge` shortens first. Only its time is used."""
     share = Share.load(path)
     B, A = adapter.factors["0"]
-    old = share.coefficients["0"]
-    merge_layer(share.bases["0"], old, {"new": (B, A.T)}, share.variance, None, share.stacking)
+    settings = dict(variance=share.variance, k=None, stacking=share.stacking)
+    merge_layer(share.bases["0"], share.coefficients["0"], {"new": (B, A.T)}, **settings)
 
 
 def svg(methods, seed):
@@ -929,9 +932,10 @@ def check_extras(extras, config, directory):
     Extras are stored, but never applied: such a tensor would be ignored in silence. A head called,
     say, lora_head is fine: modules_to_save lists it.
     """
-    heads = [module.split(".")[-1] for module in config.get("modules_to_save") or []]
+    heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
     for name in extras:
-        if any(part.startswith("lora_") and part not in heads for part in name.split(".")):
+        lora_parts = {part for part in name.split(".") if part.startswith("lora_")}
+        if lora_parts - heads:
             raise ValueError(f"{directory}: {name!r} is no base_model.model.LAYER.lora_A/B.weight")
 
 
