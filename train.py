@@ -342,7 +342,7 @@ class Experiment:
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
             # In this block these numbers alone, as parameters of the model, require gradients.
             trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        # The end of the block has stored the coefficients. With phi > 0, phase 3 has followed in it:
+        # The end of the block has stored the coefficients. With phi > 0, phase 3 has followed:
         #     grow=True   ours: each basis gets the directions of ΔW that it lacks; other ΔW stay
         #     grow=False  the paper's: phase 1 again, in which B and A of all tasks, this one, too,
         #                 are stacked as the share's `stack` says; all ΔW may change. (Ours: no
