@@ -28,7 +28,8 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are default:
 - Phases 1 and 3: a basis gets one more column if the mean of all columns lies outside (with_mean).
 - Phase 2 with phi > 0: the new task adds directions to the bases, in place of phase 3 (grow).
-- Phase 3: a basis keeps its size at least, unless its tasks have a lower rank (keep_size).
+- Phase 3: a basis that would get smaller than it was is replaced by one of the old size, without
+  with_mean, unless its tasks have a lower rank (keep_size).
 """
 
 import contextlib
@@ -340,8 +341,9 @@ def keep_size(basis, stack, least):
     """Ours: in a merge by variance, a basis has `least` columns, its size before, or more.
 
     To keep 60 % of what earlier merges have kept, merge after merge, would shrink it, and the old
-    tasks with it. If it is too narrow, the first `least` directions of the stack take its place:
-    no mean is subtracted, as for any k. They are fewer only if the stack has a lower rank.
+    tasks with it. A basis that is too narrow is replaced, not extended: by the first `least`
+    directions of the stack as it is, mean included, as no others hold more of its columns. They are
+    fewer only if the stack has a lower rank.
     """
     if basis.shape[1] < least:  # never in phase 1, where least is 0
         return build_basis(stack, k=least)
@@ -784,7 +786,7 @@ def best_rank(eps, p):
     if 0 in middle.shape:  # a basis is empty, so ΔW is 0, and any p columns do
         return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # Set errors of rounding to 0: the root of 1e-16 is 1e-8, a direction for a later merge.
+    # Set errors of rounding to 0: the root of 1e-16 would be 1e-8, a direction in a later merge.
     S = torch.where(S.gt(ROUNDING * S.norm()), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
