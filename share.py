@@ -30,6 +30,7 @@ Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three o
 - Phase 2 with phi > 0: the new task adds directions to the bases, in place of phase 3 (grow).
 - Phase 3: a basis that would get smaller than it was is replaced by one of the old size, without
   with_mean, unless its tasks have a lower rank (keep_size).
+For the paper alone pass grow=False, and delete the calls of with_mean and keep_size.
 """
 
 import contextlib
