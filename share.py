@@ -787,7 +787,7 @@ def best_rank(eps, p):
     if 0 in middle.shape:  # a basis is empty, so ΔW is 0, and any p columns do
         return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # Set errors of rounding to 0: the root of 1e-16 would be 1e-8, a direction in a later merge.
+    # Set errors of rounding to 0: the root of 1e-8 would be 1e-4, a direction in a later merge.
     S = torch.where(S.gt(ROUNDING * S.norm()), S, 0.0)
     root = S[:p].sqrt()
     return U[:, :p] * root, Vh[:p].T * root
@@ -816,7 +816,7 @@ def update_columns(B, A_T):
     """
     R_A = torch.linalg.qr(A_T.double(), mode="r").R  # A^T = Q R_A
     R_B = torch.linalg.qr(B.double(), mode="r").R
-    # ΔW = B A = (B R_A^T) Q^T, and Q^T Q = 1 drops out of ΔW ΔW^T. Likewise for ΔW^T = A^T B^T.
+    # A A^T = R_A^T R_A, so ΔW ΔW^T = B A A^T B^T = (B R_A^T) (B R_A^T)^T. Likewise for ΔW^T ΔW.
     return B.double() @ R_A.T, A_T.double() @ R_B.T
 
 
@@ -824,8 +824,8 @@ def update_stacks(pairs):
     """Ours, for "updates": `update_columns` of all tasks side by side, each divided by its norm.
 
     The norm is ‖ΔW‖. So all tasks weigh the same, but for a ΔW smaller than ROUNDING times the
-    largest. No mean is subtracted: another split of ΔW makes of left left G with G G^T = 1. This
-    changes the mean of the columns, but not left left^T, and so not the main directions.
+    largest. No mean is subtracted: with another split of ΔW, left becomes left G, where G G^T = 1.
+    The mean of its columns is another one, but left left^T, and so the main directions, stay.
     """
     updates = {task: update_columns(B, A_T) for task, (B, A_T) in pairs.items()}
     largest = max(float(left.norm()) for left, _ in updates.values())
