@@ -789,7 +789,9 @@ def best_rank(eps, p):
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     # Set errors of rounding to 0: the root of 1e-8 would be 1e-4, a direction in a later merge.
     S = torch.where(S.gt(ROUNDING * S.norm()), S, 0.0)
-    root = S[:p].sqrt()
+    # Either root will do, as U and V have arbitrary signs. But a later merge subtracts the mean
+    # column: take the root with which a column points as those of eps_beta do on the whole.
+    root = torch.where(U.T @ eps_beta.double().sum(dim=1) < 0, -S.sqrt(), S.sqrt())[:p]
     return U[:, :p] * root, Vh[:p].T * root
 
 

@@ -574,6 +574,16 @@ def test_rank_p_coefficients_are_the_best_the_bases_allow(p, dtype):
         assert relative(eps_beta.norm(dim=0), eps_alpha.norm(dim=0)) < 1e-4  # evenly split
 
 
+def test_the_signs_of_cut_coefficients_are_those_of_the_whole():
+    """An SVD leaves them open, and the mean that a later merge subtracts depends on them."""
+    adapters = make_adapters("abcd")
+    share = Share.from_adapters(adapters, variance=0.8, p=2)
+    for task, adapter in adapters.items():
+        for layer, (B, _) in adapter.factors.items():
+            columns, _ = share.factors(layer, task)
+            assert torch.all(columns.T @ B.sum(1) > 0)
+
+
 def test_retained_is_one_minus_the_squared_relative_error():
     adapters = make_adapters("abc")
     share = Share.from_adapters(adapters)
