@@ -58,8 +58,8 @@ ROUNDING = 1e-6  # relative size below which a singular value or a column counts
 #     share.selected                  the task whose ΔW is added in forward
 #
 # Its methods with an underscore do the bookkeeping: _pairs_by_layer regroups {task: Adapter} by
-# layer, _start calls start_layer for each layer, _resume takes the coefficients that a task has,
-# _keep and _store write results.
+# layer, _start calls start_layer for each one, _resume takes the coefficients that a task has, and
+# _store writes results.
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -111,17 +111,16 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     """Phase 1: a share of {task: Adapter}, one or more.
 
     variance, k: see `build_basis`; the paper's 0.6 may keep little, see `retained`.
-    stack: the paper's "factors", or "updates", ours, see `update_stacks`.
+    stack: the paper's "factors", or "updates", ours, see `scaled_updates`.
     p, ours: the pseudo-rank to which each task is cut, see `best_rank`; None keeps its r.
     """
     check_numbers(variance, k=k, p=p)
     share = cls(variance, stack)  # cls is Share
-    bases = {}
-    coefficients = {}
+    layers = {}
     for layer, pairs in share._pairs_by_layer(adapters).items():  # pairs: {task: (B, A^T)}
-        bases[layer], by_task = build_layer(pairs, variance, k, stack)
-        coefficients[layer] = {task: best_rank(eps, p) for task, eps in by_task.items()}
-    share._store(adapters, bases, coefficients)
+        bases, coefficients = build_layer(pairs, variance, k, stack)
+        layers[layer] = bases, {task: best_rank(eps, p) for task, eps in coefficients.items()}
+    share._store(adapters, layers)
     return share
 
 
@@ -133,14 +132,13 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     least, ours: in a merge, the sizes that beta and alpha keep at least, see `keep_size`.
     """
     # 1. Put the B's of all tasks side by side, and their A^T's.
-    if stacking == "factors":  # the paper's
-        Bs = torch.cat([B for B, _ in pairs.values()], dim=1)
-        A_Ts = torch.cat([A_T for _, A_T in pairs.values()], dim=1)
-        centre = True
-    else:  # ours
-        Bs, A_Ts = update_stacks(pairs)
-        centre = False
+    stacked = pairs
+    if stacking == "updates":  # ours
+        stacked = scaled_updates(pairs)
+    Bs = torch.cat([B for B, _ in stacked.values()], dim=1)
+    A_Ts = torch.cat([A_T for _, A_T in stacked.values()], dim=1)
     # 2. Take the main directions of each.
+    centre = stacking == "factors"  # not of updates, as scaled_updates explains
     beta = build_basis(Bs, variance, k, centre=centre)
     alpha = build_basis(A_Ts, variance, k, centre=centre)
     beta = keep_size(beta, Bs, least[0])  # ours; in phase 1, least is 0 and nothing happens
@@ -157,27 +155,24 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
     `variance` of the rest. Ours:
     - add the direction of the mean, see `with_mean`;
     - centre=False: subtract no mean, and add none;
-    - k, in place of variance: take the first k directions, or fewer, of the stack as it is; no mean
-      is subtracted.
+    - k, in place of variance: take the first k directions, or fewer; subtract no mean either.
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
     check_stack(stack, variance, k)
     X = stack.double()
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
-    if k is not None:  # ours
-        basis = main_directions(X, rounding, k=k)
-    elif not centre:  # ours
-        basis = main_directions(X, rounding, variance)
-    else:  # the paper's
+    if centre and k is None:  # the paper's
         mean = X.mean(dim=1, keepdim=True)
         basis = main_directions(X - mean, rounding, variance)
         basis = with_mean(basis, mean, X.shape[1], rounding)  # ours
+    else:  # ours
+        basis = main_directions(X, rounding, variance, k)
     return basis.to(torch.promote_types(stack.dtype, torch.float32))
 
 
-def main_directions(X, rounding, variance=None, k=None):
-    """The first left singular vectors (n, k) of X (n, m): k, or the fewest that explain `variance`.
+def main_directions(X, rounding, variance, k=None):
+    """The first left singular vectors (n, k) of X (n, m): the fewest that explain `variance`, or k.
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
@@ -243,17 +238,24 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     #    forward, share.factors then returns the learned_factors of the copy.
     with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
-    # 3. Keep the layers that have moved. Others, which the loss never reached, hold random numbers.
+    # 3. Take the layers that have moved. Others, which the loss never reached, hold random numbers
+    #    or, with finetune, what they held before.
     ends = moved_layers(task, start, trained)
+    adapter = share.reconstruct(task) if finetune else Adapter({})
+    for layer, end in ends.items():
+        adapter.factors[layer] = learned_factors(share.bases[layer], end)
+    check_adapter(task, adapter, {})  # training may have ended in NaN
+    # 4. Keep the coefficients. With phi > 0 they belong to temporary columns, too, which are in no
+    #    basis: so merge B and A, of rank p.
     if phi == 0:
-        share._keep(task, ends)
-    else:
-        # 4. The temporary columns are in no basis. So merge B and A, of rank p, as a new adapter.
-        factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-        if grow:  # ours: bases grow by p directions at most, and nothing is lost
-            share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
-        else:  # phase 3
-            share.merge({task: Adapter(factors)})
+        layers = {}
+        for layer, end in ends.items():
+            layers[layer] = share.bases[layer], {task: (end["eps_beta"], end["eps_alpha"])}
+        share._store({task: adapter}, layers)
+    elif grow:  # ours: bases grow by p directions at most, and nothing is lost
+        share.merge({task: adapter}, variance=1.0, grow=True)
+    else:  # phase 3
+        share.merge({task: adapter})
 
 
 def start_layer(bases, p, phi, sigma, generator):
@@ -294,28 +296,24 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     """Phase 3: take in {task: Adapter}. The layers that they have get new bases and coefficients.
 
     Earlier tasks may lose a part, see `retained`.
-    variance: see `build_basis`; None is the share's. Ours: no basis gets smaller, unless its tasks
-    span fewer directions, as after `remove`.
+    variance: see `build_basis`; None is the share's. Ours: no basis gets smaller, see `keep_size`.
     k, ours: in place of variance, the new size at most. Later merges by variance keep that size.
     grow=True, ours: bases and earlier tasks stay, and directions are added: with variance=1.0 all
     that the new ΔW lack, see `grow_layer`.
     """
     variance = share.variance if variance is None else variance
     check_numbers(variance, k=k)
-    bases = {}
-    coefficients = {}
+    layers = {}
     for layer, new in share._pairs_by_layer(adapters).items():
+        bases = share.bases.get(layer)
         old = share.coefficients.get(layer)
-        if old is None:  # a new layer: phase 1
-            merged = build_layer(new, variance, k, share.stacking)
-        elif not grow:  # phase 3; columns are shortened, and the result lengthened, for speed only
-            Q, short_bases, short_new = shorten(share.bases[layer], new)
-            short = merge_layer(short_bases, old, short_new, variance, k, share.stacking)
-            merged = lengthen(Q, short, share.bases[layer])
+        if bases is None:  # a new layer: phase 1
+            layers[layer] = build_layer(new, variance, k, share.stacking)
+        elif not grow:  # phase 3: as merge_layer, below, but faster
+            layers[layer] = merge_layer_fast(bases, old, new, variance, k, share.stacking)
         else:  # ours
-            merged = grow_layer(share.bases[layer], old, new, variance, k)
-        bases[layer], coefficients[layer] = merged
-    share._store(adapters, bases, coefficients)
+            layers[layer] = grow_layer(bases, old, new, variance, k)
+    share._store(adapters, layers)
 
 
 def merge_layer(bases, old, new, variance, k, stacking):
@@ -344,36 +342,32 @@ def keep_size(basis, stack, least):
     To keep 60 % of what earlier merges have kept, merge after merge, would shrink it, and the old
     tasks with it. A basis that is too narrow is replaced, not extended: by the first `least`
     directions of the stack as it is, mean included, as no others hold more of its columns. They are
-    fewer only if the stack has a lower rank.
+    fewer only if the stack has a lower rank, as after `remove`.
     """
     if basis.shape[1] < least:  # never in phase 1, where least is 0
         return build_basis(stack, k=least)
     return basis
 
 
-def shorten(bases, new):
-    """For speed: the same merge on short columns. Returns Q, short bases and short new adapters.
+def merge_layer_fast(bases, old, new, variance, k, stacking):
+    """What merge_layer returns, but faster: it merges short columns.
 
     All columns, old and new, lie in the span of beta and the new B's. It has few dimensions: 40 for
     kβ = 32 and one new adapter of rank 8, whatever n. Q (n, 40) is an orthonormal basis of it, so
     c = Q (Q^T c) for each column c, and Q^T c, of 40 numbers, is its short form. Short columns have
     the inner products of the long ones, so the same singular values and coefficients, and their
-    mean is the short form of the mean. Only the new bases come out short: `lengthen` multiplies
-    them by Q. A^T likewise.
+    mean is the short form of the mean. Only the new bases come out short. A^T likewise.
     """
+    # 1. Make the columns short.
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
     Q = Q_beta, Q_alpha
     short_new = {task: project(Q, pair) for task, pair in new.items()}
-    return Q, project(Q, bases), short_new
-
-
-def lengthen(Q, merged, old_bases):
-    """The result of merge_layer with Q before its bases, in the dtype of the old ones."""
-    Q_beta, Q_alpha = Q
+    # 2. Merge.
+    merged = merge_layer(project(Q, bases), old, short_new, variance, k, stacking)
+    # 3. Make the new bases long.
     (short_beta, short_alpha), coefficients = merged
-    beta, alpha = old_bases
     return ((Q_beta @ short_beta).to(beta), (Q_alpha @ short_alpha).to(alpha)), coefficients
 
 
@@ -450,7 +444,6 @@ class Share:
             linear.__class__ = ShareLinear  # the same object: names, hooks and sharing all stay
             linear.share = self
             linear.layer = layer
-            # so that nn.TransformerEncoderLayer calls it, see the hook
             linear.hook = linear.register_forward_pre_hook(no_fast_path)
             follow_weight(linear)
         return model
@@ -535,12 +528,13 @@ class Share:
     def add(self, task, adapter, p=None):
         """Project one more task onto the bases; what is outside is lost. p: see `from_adapters`."""
         check_numbers(p=p)
-        coefficients = {}
+        layers = {}
         for layer, pairs in self._pairs_by_layer({task: adapter}).items():
             if layer not in self.bases:
                 raise ValueError(f"task {task!r}, layer {layer!r}: no bases yet; merge makes them")
-            coefficients[layer] = {task: best_rank(project(self.bases[layer], pairs[task]), p)}
-        self._store({task: adapter}, new_bases={}, new_coefficients=coefficients)
+            bases = self.bases[layer]
+            layers[layer] = bases, {task: best_rank(project(bases, pairs[task]), p)}
+        self._store({task: adapter}, layers)
 
     def remove(self, task):
         """Forget a task; the bases stay. A selection that names it becomes None."""
@@ -575,8 +569,6 @@ class Share:
             is_empty = min(beta.shape[1], alpha.shape[1]) == 0
             if phi > 0 or not is_empty:
                 start[layer] = start_layer((beta, alpha), p, phi, sigma, generator)
-        if not start:
-            raise ValueError(f"task {task!r}: with phi = {phi} no layer has bases to learn it in")
         return start
 
     def _resume(self, task, phi):
@@ -588,26 +580,10 @@ class Share:
         for layer, (beta, alpha) in self.bases.items():
             if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
                 eps_beta, eps_alpha = self.coefficients[layer][task]
-                parameters = nn.ParameterDict()
-                parameters["eps_beta"] = eps_beta.clone()
-                parameters["eps_alpha"] = eps_alpha.clone()
-                start[layer] = parameters
-        if not start:
-            raise ValueError(f"task {task!r} has no coefficients to train in any layer")
+                start[layer] = nn.ParameterDict()  # of these tensors; learn trains copies
+                start[layer]["eps_beta"] = eps_beta
+                start[layer]["eps_alpha"] = eps_alpha
         return start
-
-    def _keep(self, task, ends):
-        """Store trained coefficients, {layer: {"eps_beta", "eps_alpha"}}, and the task's record."""
-        # The task's new ΔW, for its record. Layers of a fine-tuned task that have not moved are as
-        # they were.
-        adapter = self.reconstruct(task) if task in self.records else Adapter({})
-        coefficients = {}
-        for layer, end in ends.items():
-            adapter.factors[layer] = learned_factors(self.bases[layer], end)
-            coefficients[layer] = {task: (end["eps_beta"], end["eps_alpha"])}
-        check_adapter(task, adapter, {})  # training may have ended in NaN
-        # layers that have not moved stay
-        self._store({task: adapter}, new_bases={}, new_coefficients=coefficients)
 
     # --- The share's file
     def save(self, path):
@@ -679,37 +655,34 @@ class Share:
     # --- Private
     def _pairs_by_layer(self, adapters):
         """{layer: {task: (B, A^T)}} of new {task: Adapter}, checked, in float32 at least."""
+        self._check_idle()
         if not isinstance(adapters, dict) or not adapters:
             raise ValueError("adapters is empty or no dict; it takes {task: Adapter}, one or more")
-        shapes = {layer: (len(beta), len(alpha)) for layer, (beta, alpha) in self.bases.items()}
-        devices = {layer: beta.device for layer, (beta, _) in self.bases.items()}
+        bases = dict(self.bases)
         by_layer = {}
         for task, adapter in adapters.items():
             self._check_new_task(task)
-            check_adapter(task, adapter, shapes)
+            check_adapter(task, adapter, bases)
             for layer, (B, A) in adapter.factors.items():
-                # In a new layer, check_adapter compares the next adapters with this one.
-                shapes.setdefault(layer, (len(B), A.shape[1]))
-                device = devices.setdefault(layer, B.device)
+                # In a new layer the first adapter's B and A^T stand in for bases, which have the
+                # same numbers of rows, and are to be on its device.
+                beta, _ = bases.setdefault(layer, (B, A.T))
                 dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
-                pair = B.detach().to(device, dtype), A.detach().to(device, dtype).T
+                pair = B.detach().to(beta.device, dtype), A.detach().to(beta.device, dtype).T
                 by_layer.setdefault(layer, {})[task] = pair
         return by_layer
 
     @torch.inference_mode(False)  # a tensor that is made in inference mode could never be trained
-    def _store(self, adapters, new_bases, new_coefficients):
-        """Take in copies of new bases and coefficients, {layer: {task: eps}}.
+    def _store(self, adapters, layers):
+        """Take in copies of {layer: ((beta, alpha), {task: eps})}: other layers and tasks stay.
 
         adapters: the tasks that are new, or newly trained: their records are written. Other tasks
         keep theirs, and so the ‖ΔW‖² that they had at first, even if a merge changes their eps.
         """
-        self._check_idle()
         bases = dict(self.bases)
-        for layer, (beta, alpha) in new_bases.items():
-            bases[layer] = beta.clone(), alpha.clone()
         coefficients = dict(self.coefficients)
-        for layer, changed in new_coefficients.items():
-            beta, alpha = bases[layer]
+        for layer, ((beta, alpha), changed) in layers.items():
+            bases[layer] = beta.clone(), alpha.clone()
             by_task = dict(coefficients.get(layer, {}))
             for task, (eps_beta, eps_alpha) in changed.items():
                 by_task[task] = eps_beta.to(beta, copy=True), eps_alpha.to(alpha, copy=True)
@@ -822,23 +795,23 @@ def update_columns(B, A_T):
     return B.double() @ R_A.T, A_T.double() @ R_B.T
 
 
-def update_stacks(pairs):
-    """Ours, for "updates": `update_columns` of all tasks side by side, each divided by its norm.
+def scaled_updates(pairs):
+    """Ours, for "updates": {task: (left, right)}, its `update_columns` divided by their norm, ‖ΔW‖.
 
-    The norm is ‖ΔW‖. So all tasks weigh the same, but for a ΔW smaller than ROUNDING times the
-    largest. No mean is subtracted: with another split of ΔW, left becomes left G, where G G^T = 1.
-    The mean of its columns is another one, but left left^T, and so the main directions, stay.
+    So all tasks weigh the same, but for a ΔW smaller than ROUNDING times the largest. No mean is
+    subtracted: with another split of ΔW, left becomes left G, where G G^T = 1. The mean of its
+    columns is another one, but left left^T, and so the main directions, stay.
     """
     updates = {task: update_columns(B, A_T) for task, (B, A_T) in pairs.items()}
     largest = max(float(left.norm()) for left, _ in updates.values())
     floor = max(ROUNDING * largest, 1e-300)  # 1e-300: all ΔW may be 0
-    lefts = []
-    rights = []
+    scaled = {}
     for task, (left, right) in updates.items():
         B, A_T = pairs[task]
-        lefts.append((left / max(float(left.norm()), floor)).to(B.dtype))
-        rights.append((right / max(float(right.norm()), floor)).to(A_T.dtype))
-    return torch.cat(lefts, dim=1), torch.cat(rights, dim=1)
+        left = left / max(float(left.norm()), floor)
+        right = right / max(float(right.norm()), floor)
+        scaled[task] = left.to(B.dtype), right.to(A_T.dtype)
+    return scaled
 
 
 def grow_layer(bases, old, new, variance, k):
@@ -881,10 +854,8 @@ def grow_basis(basis, columns, variance, k):
     outside = X - b @ (b.T @ X)
     outside = outside - b @ (b.T @ outside)
     rounding = ROUNDING * X.norm()  # of X, as all that is outside may be errors of rounding
-    if k is None:
-        added = main_directions(outside, rounding, variance)
-    else:
-        added = main_directions(outside, rounding, k=max(0, k - basis.shape[1]))
+    room = None if k is None else max(0, k - basis.shape[1])
+    added = main_directions(outside, rounding, variance, room)
     return torch.cat([basis, added.to(basis.dtype)], dim=1)
 
 
@@ -919,6 +890,8 @@ def training(share, model, task, trained):
     """
     share._check_idle()
     check_unwrapped(model)
+    if not trained:
+        raise ValueError(f"task {task!r} has nothing to train: its bases are empty, and phi is 0")
     attached = share._attached(model, needed=trained)
     selected = share.selected
     # 1. Freeze all that the model has now.
@@ -991,30 +964,21 @@ def frozen(model):
 
 
 def no_fast_path(linear, inputs):
-    """A hook that does nothing but exist: nn.TransformerEncoderLayer then calls its layers.
+    """A hook that does nothing. nn.TransformerEncoderLayer calls layers that have one.
 
-    Without a hook it may take a fast path, which only reads their weights, and ΔW would be lost.
+    Of others it may only read the weights (its fast path), and ΔW would be lost.
     """
 
 
 def follow_weight(linear):
     """Move a layer's bases and coefficients to where its weight is: model.to() does not."""
     device = linear.weight.device
-    beta, _ = linear.share.bases[linear.layer]
+    beta, alpha = linear.share.bases[linear.layer]
     # An offloaded weight is on "meta", except in forward: there is nothing to follow until then.
     if beta.device != device and device.type != "meta":
-        move_layer(linear.share, linear.layer, device)
-
-
-@torch.inference_mode(False)  # see Share._store
-def move_layer(share, layer, device):
-    """Move a layer's bases and coefficients to a device."""
-    bases, coefficients, records = share.held
-    basis_pair = tuple(basis.to(device) for basis in bases[layer])
-    by_task = {}
-    for task, eps in coefficients[layer].items():
-        by_task[task] = tuple(side.to(device) for side in eps)
-    share.held = bases | {layer: basis_pair}, coefficients | {layer: by_task}, records
+        bases = beta.to(device), alpha.to(device)
+        coefficients = linear.share.coefficients[linear.layer]  # _store puts them beside the bases
+        linear.share._store({}, {linear.layer: (bases, coefficients)})
 
 
 # --- Refusals and files
@@ -1039,15 +1003,15 @@ def check_stack(stack, variance, k):
         raise ValueError(f"the stack {tuple(stack.shape)} is not (n, m >= 1) with finite numbers")
 
 
-def check_adapter(task, adapter, shapes):
-    """ValueError unless each layer has finite B (n, r) and A (r, d); shapes: {layer: (n, d)}."""
+def check_adapter(task, adapter, bases):
+    """ValueError unless each layer has finite B (n, r) and A (r, d), with n and d as its bases."""
     if not adapter.factors:
         raise ValueError(f"task {task!r}: its adapter has no layers")
     for layer, (B, A) in adapter.factors.items():
         where = f"task {task!r}, layer {layer!r}: B {tuple(B.shape)}, A {tuple(A.shape)}"
         if B.dim() != 2 or A.dim() != 2 or B.shape[1] != len(A) or len(A) == 0:
             raise ValueError(f"{where}; it takes (n, r) and (r, d)")
-        n, d = shapes.get(layer, (len(B), A.shape[1]))
+        n, d = [len(basis) for basis in bases.get(layer, (B, A.T))]
         if len(B) != n or A.shape[1] != d:
             raise ValueError(f"{where}; the layer takes ({n}, r) and (r, {d})")
         for factor in (B, A):  # double, as isfinite knows no float8; cpu, as MPS has no float64
@@ -1062,9 +1026,7 @@ def check_linear(layer, linear, cls, bases):
     if type(linear) is not cls or weight is None:
         reason = f"it takes {cls.__name__} itself, with no pruning or the like on its weight"
     elif "forward" in vars(linear):
-        reason = (
-            "its forward is patched; attach first and offload afterwards; delete a leftover forward"
-        )
+        reason = "its forward is patched: delete a leftover one; attach first and offload later"
     elif weight.is_meta:
         reason = "its weight is on meta; load the weights first"
     elif weight.shape != shape:
@@ -1123,8 +1085,7 @@ def write_whole(path, content):
 #   beam search repeats each one for its beams. For an encoder-decoder: 1. select(tasks), 2. e =
 #   encoder(…), 3. select(each task num_beams times), 4. generate(encoder_outputs=e).
 # Learning
-# - Make optimizers, Trainers, DistributedDataParallel and moving averages in the block of learn,
-#   and load the best checkpoint before it ends.
+# - Make moving averages in the block of learn, too, and load the best checkpoint before it ends.
 # - fully_shard: call it in the block of learn. It replaces the parameters, so in place of the list
 #   that learn has yielded train [q for q in model.parameters() if q.requires_grad]. A model that is
 #   sharded already cannot take new parameters: learn refuses it. Tensor parallelism and

@@ -213,8 +213,7 @@ def test_a_merge_on_long_columns_finds_no_more_directions(monkeypatch):
         plain = copy.deepcopy(share)
         share.merge({"c": c}, variance=1.0)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "shorten", lambda bases, new: (None, bases, new))
-            patch.setattr(module, "lengthen", lambda Q, merged, old_bases: merged)
+            patch.setattr(module, "merge_layer_fast", module.merge_layer)
             plain.merge({"c": c}, variance=1.0)
         assert sizes(plain) == sizes(share)
 
@@ -918,14 +917,17 @@ def test_two_shares_come_and_go_and_change_outputs_alone(a, b, c, d, assign):
 def test_a_layers_numbers_move_to_where_its_weight_is(monkeypatch):
     share, model = attached()
     with torch.inference_mode():
-        module.move_layer(share, "first", torch.device("meta"))
+        beta, alpha = share.bases["first"]
+        on_meta = beta.to("meta"), alpha.to("meta")
+        share._store({}, {"first": (on_meta, share.coefficients["first"])})
+    assert {eps.device.type for eps in share.coefficients["first"]["a"]} == {"meta"}
     assert {basis.device.type for basis in share.bases["first"]} == {"meta"}
     assert not any(tensor.is_inference() for tensor in tensors(share))  # such can never be trained
     for way in (lambda: model(batch()), lambda: enter(share, model), lambda: share.attach(net())):
         with pytest.raises(RuntimeError, match="copy out of meta"):  # it tries to
             way()
     share, model = attached()
-    monkeypatch.delattr(module, "move_layer")  # not where they are there, or it is on meta
+    monkeypatch.delattr(Share, "_store")  # not where they are there, or it is on meta
     model(batch())
     model.to("meta")(batch().to("meta"))
     share.attach(net())(batch())
@@ -1432,9 +1434,9 @@ def unfit(B, A):
     *[(lambda s, m, v=v: enter(s, m, phi=v), f"phi is {v}; .* k, 4") for v in (-1, 1.0, 4)],
     (lambda s, m: enter(Share(), m, phi=1), "phi is 1; .* k, 0"),
     (lambda s, m: enter(s, m, "a"), "task 'a' exists"),
-    (lambda s, m: enter(EMPTY, EMPTY.attach(net()), phi=0), "with phi = 0 no layer has bases"),
+    (lambda s, m: enter(EMPTY, EMPTY.attach(net()), phi=0), "task 'new' has nothing to train"),
     (lambda s, m: enter(s, m, "a", finetune=True, phi=1), "phi is 1"),
-    (lambda s, m: enter(EMPTY, m, "a", finetune=True), "task 'a' has no coefficients to train"),
+    (lambda s, m: enter(EMPTY, m, "a", finetune=True), "task 'a' has nothing to train"),
     (lambda s, m: enter(s, m, "x", finetune=True), UNKNOWN),
     (lambda s, m: average(s, "", "new"), "adapter has no layers"),
     *[(lambda s, m, x=x: attach_lora(net(), x), "ends the name of no") for x in ([], ["third"])],

@@ -17,8 +17,6 @@ Phase 1 puts columns of the first tasks side by side, and keeps the leading left
 the fewest whose squared singular values add up to a given fraction, `variance`, of those of all.
 
     stack="factors"  the paper's: [B1 B2 …] for beta and [A1^T A2^T …] for alpha, minus the mean
-                     column. Ours: then the direction of the mean is added, as the columns are
-                     projected as they are, and would lose their mean.
     stack="updates"  ours, and the default here: [ΔW1 ΔW2 …] and [ΔW1^T ΔW2^T …], each ΔW divided by
                      its norm, no mean subtracted. These are the same however ΔW is split into B A.
 
@@ -162,8 +160,7 @@ def fit(model, batches, lr, last_lr=0.0):
     )
     for batch in batches:
         optimizer.zero_grad()
-        loss = loss_fn(model, batch)
-        loss.backward()
+        loss_fn(model, batch).backward()
         optimizer.step()
         schedule.step()
     return sum(parameter.numel() for parameter in parameters)
@@ -204,7 +201,8 @@ def attach_lora(model, targets, r=8):
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     chosen = set()
     for target in targets:
-        found = [name for name in linears if ends_in(name, target)]
+        # A target is the last parts of a dotted name: "0.q" ends in "q", but "0.eq" does not.
+        found = [name for name in linears if f".{name}".endswith(f".{target}")]
         if not found:
             raise ValueError(f"target {target!r} ends the name of no nn.Linear in the model")
         chosen.update(found)
@@ -215,11 +213,6 @@ def attach_lora(model, targets, r=8):
         if name in chosen:
             add_lora(linear, r)
     return model
-
-
-def ends_in(name, target):
-    """Whether the target is the last parts of a dotted name: "0.q" ends in "q", "0.eq" does not."""
-    return f".{name}".endswith(f".{target}")
 
 
 def add_lora(linear, r):
@@ -284,9 +277,7 @@ class Experiment:
         """
         t = len(learned) - 1
         so_far = mean(learned)
-        print(
-            f"{method:16}task {t:2}  accuracy {learned[t]:.3f}  mean of tasks so far {so_far:.3f}"
-        )
+        print(f"{method:16}task {t:2}  accuracy {learned[t]:.3f}  mean so far {so_far:.3f}")
         return learned + self.base_accuracies[t + 1 :]
 
     def new_lora(self, start_name, r):
@@ -295,10 +286,7 @@ class Experiment:
         return attach_lora(copy.deepcopy(self.base), TARGETS, r)
 
     def train_lora(self, method, t, r, lr):
-        """A new LoRA, trained on task t: the model, and how many numbers were trained.
-
-        method and t fix its start, so that `sweep` gets the adapters of `compare` again.
-        """
+        """A new LoRA, trained on task t: the model, and how many numbers were trained."""
         model = self.new_lora(f"{method} {t}", r)
         trained = fit(model, self.batches(t, self.s.lora_steps), lr)
         return model, trained
@@ -345,8 +333,7 @@ class Experiment:
         # The end of the block has stored the coefficients. With phi > 0, phase 3 has followed:
         #     grow=True   ours: each basis gets the directions of ΔW that it lacks; other ΔW stay
         #     grow=False  the paper's: phase 1 again, in which B and A of all tasks, this one, too,
-        #                 are stacked as the share's `stack` says; all ΔW may change. (Ours: no
-        #                 basis gets smaller than before.)
+        #                 are stacked as the share's `stack` says; all ΔW may change
         return trained
 
     def selected_accuracies(self, share, model, tasks):
@@ -360,13 +347,8 @@ class Experiment:
     def learn_tasks(self, method, share, lora_matrix, phi=0, grow=True):
         """Learn the tasks that the share lacks, one by one. Returns the attached model and the row.
 
-        The rows of the accuracy matrix are, if the share has tasks 0 to 3:
-
-            0 … 3   after LoRA has learned task 0 … 3, from lora_matrix
-            4 … 11  after Share has learned task 4 … 11
-
-        LoRA has learned the first tasks, so their rows are LoRA's, and what phase 1 loses of them
-        counts as forgetting.
+        The tasks that it has were learned by LoRA. So the first rows of the accuracy matrix, one
+        for each of them, are those of lora_matrix, and what phase 1 loses counts as forgetting.
         """
         model = share.attach(copy.deepcopy(self.base))
         known = len(share.tasks)
@@ -732,7 +714,7 @@ from    variance  stack       k  p  phi   grow     new   first  trained   stored
 def sweep(s):
     """The ablations: two new tasks, learned in bases of several kinds and in several ways."""
     e = Experiment(s)
-    adapters = {}
+    adapters = {}  # of the first tasks; the same as in `compare`
     for t, name in enumerate(e.names[: s.first]):
         lora, _ = e.train_lora("lora_per_task", t, s.r, s.lora_lr)
         adapters[name] = lora_adapter(lora)
@@ -774,21 +756,17 @@ def ablation(e, built, p, phi=0, grow=True):
 
 
 def scaling(seed, counts, n=1024, r=8):
-    """The costs of building and merging, by the number of tasks: one layer, made-up adapters.
-
-    Nothing is trained. The share is the paper's.
-    """
+    """The costs of building and merging, by the number of tasks: one layer, made-up adapters."""
     build_share = partial(Share.from_adapters, variance=0.6, stack="factors")
     torch.manual_seed(seed)
     B_span = torch.linalg.qr(torch.randn(n, 32)).Q  # 32 directions that all tasks share
     A_span = torch.linalg.qr(torch.randn(n, 32)).Q
 
-    def columns_in(span):
-        """(n, r), in the span but for a little noise."""
-        return span @ torch.randn(32, r) + 0.02 * torch.randn(n, r)
-
     def new_adapter():
-        return Adapter({"0": (columns_in(B_span), columns_in(A_span).T)})  # B and A of layer "0"
+        """Of one layer, "0"; its factors are in these directions but for a little noise."""
+        B = B_span @ torch.randn(32, r) + 0.02 * torch.randn(n, r)
+        A_T = A_span @ torch.randn(32, r) + 0.02 * torch.randn(n, r)
+        return Adapter({"0": (B, A_T.T)})
 
     print(f"one layer of {n} × {n}, adapters of rank {r}, variance 0.6, stack 'factors'")
     print("build      seconds of phase 1")
@@ -802,12 +780,10 @@ def scaling(seed, counts, n=1024, r=8):
         for tasks in counts:
             adapters = {f"task {i}": new_adapter() for i in range(tasks)}
             build = seconds(build_share, adapters)
-            share_of_rank_r = build_share(adapters)
-            share_of_rank_r.save(path)
+            build_share(adapters).save(path)
             merge = 1000 * seconds(load_and_merge, path, new_adapter())
             plainly = 1000 * seconds(load_and_merge_plainly, path, new_adapter())
-            share_of_rank_1 = build_share(adapters, p=1)
-            stored = num_parameters(share_of_rank_1)
+            stored = num_parameters(build_share(adapters, p=1))
             apart = tasks * 2 * n * r
             line = f"{tasks:5} {build:7.2f} {merge:7.1f} {plainly:10.1f} {plainly / merge:7.1f}"
             print(f"{line} {stored:8,} {apart:11,}", flush=True)
@@ -820,12 +796,11 @@ def seconds(function, *arguments):
 
 
 def load_and_merge(path, adapter):
-    """Load a share and merge an adapter by the paper's phase 3."""
     Share.load(path).merge({"new": adapter}, grow=False)
 
 
 def load_and_merge_plainly(path, adapter):
-    """The same on whole columns (n), which `Share.merge` shortens first. Only its time is used."""
+    """The same on whole columns, which `Share.merge` shortens first. Only its time is used."""
     share = Share.load(path)
     B, A = adapter.factors["0"]
     settings = dict(variance=share.variance, k=None, stacking=share.stacking)
@@ -891,19 +866,18 @@ def load_peft(directory):
     except (ValueError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{directory} is damaged: {error}") from None
     check_plain_lora(config, directory)
-    all_A, all_B, extras = {}, {}, {}
+    by_layer = {}  # {layer: {"A": tensor, "B": tensor}}
+    extras = {}
     for name, tensor in sorted(tensors.items()):  # safetensors gives them in any order
         match = re.fullmatch(PEFT_NAME, name)
         if match is None:
             extras[name] = tensor
-        elif match["side"] == "A":
-            all_A[match["layer"]] = tensor
         else:
-            all_B[match["layer"]] = tensor
+            by_layer.setdefault(match["layer"], {})[match["side"]] = tensor
     check_extras(extras, config, directory)
     factors = {}
-    for layer in all_A | all_B:
-        A, B = all_A.get(layer), all_B.get(layer)
+    for layer, sides in by_layer.items():
+        A, B = sides.get("A"), sides.get("B")
         are_matrices = A is not None and B is not None and A.dim() == B.dim() == 2
         if not are_matrices or len(A) == 0 or B.shape[1] != len(A):
             raise ValueError(f"{directory}, layer {layer!r} has no A (r, d) with a B (n, r)")
@@ -963,7 +937,7 @@ def save_peft(adapter, directory):
     ValueError if the adapter is malformed or JSON cannot hold its config; then nothing is written.
     """
     directory = Path(directory)
-    check_adapter(directory.name, adapter, shapes={})  # {}: no layer has to have a known shape
+    check_adapter(directory.name, adapter, bases={})  # {}: no layer has to have a known shape
     r = max(len(A) for _, A in adapter.factors.values())
     config = {key: adapter.config[key] for key in adapter.config if key not in PEFT_DROPPED}
     config |= {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False}
@@ -976,10 +950,8 @@ def save_peft(adapter, directory):
     tensors = dict(adapter.extras)
     for layer, (B, A) in adapter.factors.items():  # readers that know one rank need it everywhere
         missing = r - len(A)
-        rows = A.new_zeros(missing, A.shape[1])
-        columns = B.new_zeros(len(B), missing)
-        tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.cat([A, rows])
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.cat([B, columns], dim=1)
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = F.pad(A, (0, 0, 0, missing))  # rows
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = F.pad(B, (0, missing))  # columns
     for name, tensor in tensors.items():  # safetensors takes no views
         tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     raw = safetensors.torch.save(tensors, {"format": "pt"})
