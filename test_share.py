@@ -86,12 +86,13 @@ class SlowShare:
             optimizer.step()
 
 
-def slow_directions(stack, variance):
-    """The fewest left singular vectors that explain so much."""
+def slow_directions(stack, variance, k=None):
+    """The fewest left singular vectors that explain so much, or k of them."""
     U, S, _ = torch.linalg.svd(stack, full_matrices=False)
-    k = 1
-    while (S[:k] ** 2).sum() < variance * (S**2).sum():
-        k += 1
+    if k is None:
+        k = 1
+        while (S[:k] ** 2).sum() < variance * (S**2).sum():
+            k += 1
     return U[:, :k]
 
 
@@ -197,7 +198,8 @@ def test_phase_3_is_rebuilding_stacking_svd_and_projection(t, shared, stack):
 def test_a_merge_is_phase_1_of_rebuilt_and_new_adapters(stack, rule):
     share = make_share("abc", variance=0.9, stack=stack)
     share.remove("b")  # the directions that it alone used are lost
-    adapters = {task: share.reconstruct(task) for task in "ac"} | make_adapters("d", (2,))
+    adapters = {task: share.reconstruct(task) for task in "ac"}
+    adapters |= make_adapters("d", (5,), SHAPES | {"new": (9, 9)})  # a layer more
     anew = Share.from_adapters(adapters, stack=stack, **rule)
     share.merge({"d": adapters["d"]}, **rule)
     for basis, expected in zip(bases(share), bases(anew), strict=True):
@@ -216,25 +218,6 @@ def test_a_merge_on_long_columns_finds_no_more_directions(monkeypatch):
             patch.setattr(module, "merge_layer_fast", module.merge_layer)
             plain.merge({"c": c}, variance=1.0)
         assert sizes(plain) == sizes(share)
-
-
-def test_a_merge_makes_a_basis_smaller_only_if_asked_to():
-    e = torch.eye(5).double()
-    one, two, others = [both_signs(e[:, i]) for i in ([0, 0], [0, 1], [1, 2])]
-    share = Share.from_adapters({"a": Adapter({"x": (two, one.T)})})
-    assert sizes(share) == [2, 1]
-    share.merge({"b": Adapter({"x": (9 * one, 9 * others.T)})})
-    assert sizes(share) == [2, 2]  # by variance beta would have one
-    share.merge({"c": Adapter({"x": (two, others.T)})}, k=1)
-    assert sizes(share) == [1, 1]
-
-
-@cases("rule, k", ({"k": 1}, 1), ({"variance": 1.0}, 4), ({}, 2))
-def test_a_new_layer_is_made_by_the_rule_of_its_merge(rule, k):
-    share = Share.from_adapters(make_adapters("a"), variance=0.5)
-    four = 9 * both_signs(torch.eye(9)[:, :4].double())  # directions of equal weight
-    share.merge({"b": Adapter({"new": (four, four.T)})}, **rule)
-    assert [basis.shape[1] for basis in share.bases["new"]] == [k, k]
 
 
 # --- Worked examples: the same laws in small numbers
@@ -282,6 +265,16 @@ def test_the_papers_count_688128_against_1456():
     assert sum(q.numel() for q in lora.parameters() if q.requires_grad) == 688_128
     assert train.num_parameters(share, "a") == 1_456
     assert train.num_parameters(share) == 28 * 26 * (64 + 64) + 4 * 1_456
+
+
+def test_example_retained_is_a_size_which_does_not_tell_a_turn():
+    """A merge with k = 1 and a far larger adapter turns the basis to it: by 45°, and again."""
+    e1, e2, one = torch.eye(2)[:, :1], torch.eye(2)[:, 1:], torch.ones(1, 1)
+    share = Share.from_adapters({"a": Adapter({"x": (e1, one)})}, k=1)
+    share.merge({"b": Adapter({"x": (1e6 * (e1 + e2), one)})}, k=1)
+    share.merge({"c": Adapter({"x": (1e12 * e2, one)})}, k=1)
+    assert torch.allclose(share.reconstruct("a").delta("x"), e2 / 2, atol=1e-5)  # no e1 at all
+    assert share.retained()["a"] == pytest.approx(1 / 4, rel=1e-4)
 
 
 # --- What the tests use
@@ -367,12 +360,6 @@ def outputs(share, model, x, tasks):
         share.select(task)
         found.append(model(x))
     return found
-
-
-def flops(function, *arguments, **settings):
-    with FlopCounterMode(display=False) as counter:
-        function(*arguments, **settings)
-    return counter.get_total_flops()
 
 
 def relative(a, b):
@@ -497,10 +484,9 @@ def test_one_adapter_merged_many_times_keeps_its_directions(stack, dtype):
     "stack, rule, k",
     (MIRRORED, {"variance": 5 / 6}, 2),  # energies 4, 1, 1: five sixths are 4 + 1
     (MIRRORED, {"variance": 5 / 6 + 1e-6}, 3),
+    (MIRRORED + 9, {"variance": 5 / 6}, 3),  # and the mean, which without centring would be all
     *[(TWELFTHS, {"variance": i / 12}, i) for i in range(1, 13)],  # in spite of rounding
     (PLANE, {"variance": 1.0}, 2),  # its mean lies in the plane
-    (PLANE + 1e-9 * ABOVE, {"variance": 1.0}, 2),
-    (PLANE + 1e-3 * ABOVE, {"variance": 1.0}, 3),
     (PLANE.repeat(1, 2000) + 1e-5 * ABOVE, {"variance": 1.0}, 3),  # little, but in all columns
     *[(ROOTS.expand(50, t), {"variance": 1.0}, 1) for t in (1, 2, 3, 40, 90)],
     *[(ROOTS.expand(50, t), {"k": 7}, 1) for t in (1, 2, 3, 40, 90)],
@@ -596,12 +582,8 @@ def test_retained_is_one_minus_the_squared_relative_error():
 def slow_growth(basis, columns, variance=0.6, k=None):
     """A basis, and beside it the main directions of what columns have outside of it."""
     outside = columns - basis @ (basis.T @ columns)
-    if k is None:
-        added = slow_directions(outside, variance)
-    else:
-        room = max(0, k - basis.shape[1])
-        added = torch.linalg.svd(outside, full_matrices=False).U[:, :room]
-    return torch.cat([basis, added], 1)
+    room = None if k is None else max(0, k - basis.shape[1])
+    return torch.cat([basis, slow_directions(outside, variance, room)], 1)
 
 
 @variants(rule=[{}, {"variance": 1.0}, {"k": 8}, {"k": 4}, {"k": 2}], stack=STACKS, scale=[1, 1e9])
@@ -712,13 +694,6 @@ def test_a_task_without_an_update_stays_without_one(stack, tmp_path):
     assert share.retained() == pytest.approx(dict.fromkeys(share.tasks, 1))
 
 
-@variants(stack=STACKS)
-def test_an_update_that_cancels_to_zero_is_held(stack):
-    B, A = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]), torch.tensor([[1.0, 0], [-1.0, 0]])
-    share = Share.from_adapters({"a": Adapter({"x": (B, A)})}, stack=stack)
-    assert share.reconstruct("a").delta("x").abs().max() < 1e-6
-
-
 @variants(context=[AUTOCAST, torch.no_grad, torch.inference_mode])
 def test_a_share_made_in_any_context_is_exact_and_trains(context, tmp_path):
     adapters = make_adapters("abcd", dtype=torch.float32, shared=5)
@@ -738,10 +713,8 @@ def test_a_share_made_in_any_context_is_exact_and_trains(context, tmp_path):
     for made in (share, loaded):
         assert error(made, adapters) < 1e-5
         model = made.attach(net(torch.float32))
-        for settings in ({"task": "a", "finetune": True}, {"task": "new"}):
-            losses = train_coefficients(
-                made, model, batches=[x] * 3, loss_fn=square_loss, **settings
-            )
+        for task, finetune in (("a", True), ("new", False)):
+            losses = train_coefficients(made, model, task, [x] * 3, square_loss, finetune=finetune)
             assert losses[-1] < losses[0]
         made.select(["a", None] * 8)
         model(x.clone().requires_grad_()).sum().backward()  # through a mixed batch, too
@@ -752,8 +725,7 @@ def test_a_share_made_in_any_context_is_exact_and_trains(context, tmp_path):
     "dtypes, expected",  # of B and A of one adapter, and of another
     ((F16, F16, F16, F16), F32),
     ((F8, F8, F32, torch.bfloat16), F32),
-    ((F32, F32, F64, F64), F64),
-    ((F64, F64, F32, F32), F64),
+    ((F32, F32, F64, F32), F64),
     ((F32, F64, F32, F32), F64),
 )
 def test_a_share_is_float32_or_if_one_factor_is_float64(stack, dtypes, expected):
@@ -794,17 +766,13 @@ def test_a_folded_task_gives_the_outputs_of_the_attached_one(dtype, tolerance, c
         folded = model(x)
     assert torch.equal(model.first.weight, weight.to(dtype))  # rounded once
     assert model.first.weight.requires_grad
+    assert not model.first.weight.is_inference()  # it can go on to train
     assert not model.second.weight.requires_grad
     assert relative(folded.float(), expected.float()) < tolerance
 
 
 def patched(linear):
     linear.forward = functools.partial(linear.forward)  # accelerate's hooks do so
-    return linear
-
-
-def forward_of_another(linear):
-    linear.forward = copy.deepcopy(linear).forward
     return linear
 
 
@@ -819,14 +787,14 @@ def with_weight(linear, weight):
     (lambda x: prune.identity(x, "weight"), EVERY, "with no pruning or the like"),
     (patched, EVERY, "its forward is patched.*attach first and offload"),
     (lambda x: patched(x.to("meta")), EVERY, "its forward is patched"),  # offloaded
-    (forward_of_another, EVERY, "its forward is patched"),
     (lambda x: x.to("meta"), EVERY, "its weight is on meta; load"),
-    (lambda x: nn.Conv1d(3, 3, 1), [Share.attach], "is Conv1d; it takes Linear itself"),
-    (lambda x: nn.MultiheadAttention(40, 1).out_proj, [Share.attach], "is NonDyn"),  # never called
+    # a subclass, which is never called
+    (lambda x: nn.MultiheadAttention(40, 1).out_proj, [Share.attach], "is NonDyn.*Linear itself"),
     (lambda x: nn.Linear(12, 41), [Share.attach], r"is \(41, 12\); its bases take \(40, 12\)"),
     # as ZeRO-3 leaves it: in_features still fits
     (lambda x: with_weight(x, nn.Parameter(torch.zeros(0))), [Share.attach], r"is \(0,\); its bas"),
     (lambda x: with_weight(x, nn.Parameter(x.weight.char(), False)), [fold], "no plain Parameter"),
+    (lambda x: with_weight(x, nn.Parameter(x.weight.to(F8), False)), [fold], "no plain Parameter"),
     (lambda x: with_weight(x, OwnParameter(x.weight)), [fold], "no plain Parameter"),
 )
 def test_an_odd_layer_is_refused_with_its_name_and_the_reason(change, calls, words):
@@ -885,10 +853,15 @@ def test_the_fast_path_of_an_encoder_is_not_taken(masked):
     x = torch.randn(3, 5, 8)
     mask = torch.arange(15).reshape(3, 5) > 12 if masked else None  # padding
     share.select("a")
+    lora = attach_lora(copy.deepcopy(model), ["layers.1.linear1"], r=3)
+    linear = lora.layers[1].linear1
+    linear.lora_B.data, linear.lora_A.data = share.factors("layers.1.linear1", "a")
     with torch.no_grad():
+        of_lora = lora(x, src_key_padding_mask=mask)
         found = share.attach(model)(x, src_key_padding_mask=mask)
         expected = share.detach(model, "a")(x, src_key_padding_mask=mask)
     assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(of_lora, expected, atol=1e-5)
 
 
 @variants(assign=[False, True])
@@ -942,17 +915,21 @@ def test_a_compiled_model_follows_the_selection_without_a_break():
         assert torch.allclose(compiled(x), model(x))
 
 
+def flops_of_a_step(linear, x):
+    with FlopCounterMode(display=False) as counter:
+        linear(x).sum().backward()
+    return counter.get_total_flops()
+
+
 @variants(p=[1, 4])
 def test_a_step_costs_what_a_lora_of_rank_p_costs(p):
-    def step(model):
-        model.first(x).sum().backward()
-
     x = batch()
     share, model = attached()
     with refused("no parameter has moved"), share.learn(model, "new", p=p):
-        of_share = flops(step, model)
+        of_share = flops_of_a_step(model.first, x)
     formed = 6 * p * sum(basis.numel() for basis in share.bases["first"])  # no n × d matrix
-    assert 0 < of_share <= flops(step, attach_lora(net(), ["first"], p)) + formed
+    lora = attach_lora(net(), ["first"], p)
+    assert 0 < of_share <= flops_of_a_step(lora.first, x) + formed
 
 
 def test_each_sample_of_a_mixed_batch_gets_its_own_task():
@@ -963,6 +940,8 @@ def test_each_sample_of_a_mixed_batch_gets_its_own_task():
         each = [outputs(share, run, x[i : i + 1], [name])[0] for i, name in enumerate(names)]
         for mixed in outputs(share, run, x, (names, (name for name in names))):
             assert relative(mixed, torch.cat(each)) < 1e-9
+        share.select([])
+        assert run(x[:0]).shape == mixed[:0].shape  # an empty batch
     nobody, bare = outputs(share, model, x, ([None] * 6, None))
     assert torch.equal(nobody, bare)
     share.select(["a", "b"])
@@ -995,8 +974,12 @@ def test_a_start_depends_on_its_seed_and_on_nothing_global():
     first = start_of(share, model, p=2)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
-    with torch.device("meta"):
-        assert_all_equal(start_of(share, model, p=2), first)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert_all_equal(start_of(share, model, p=2), first)
+    finally:
+        torch.set_default_dtype(torch.float32)
     for eps, other in zip(first, start_of(share, model, p=2, seed=1), strict=True):
         assert not torch.equal(eps, other)
 
@@ -1057,10 +1040,8 @@ def press_ctrl_c(model, x):
 @variants(settings=[{"task": "new"}, {"task": "new", "phi": 1}, {"task": "a", "finetune": True}])
 @cases(
     "losses, words",  # one for each step
-    ([square_loss, lambda m, x: m(x.T)], "cannot be multiplied"),
     ([square_loss, square_loss, press_ctrl_c], "Ctrl-C"),
     ([lambda m, x: (m(x) * 0).abs().sqrt().sum()], "NaN or infinity"),  # in its slope
-    ([lambda m, x: x.clone().requires_grad_().sum()], "no parameter has moved"),
     ([], "task '(new|a)': no parameter has moved; is the optimizer from the block"),
 )
 def test_a_run_that_fails_or_learns_nothing_leaves_all(losses, words, settings):
@@ -1395,7 +1376,7 @@ def unfit(B, A):
     *[(lambda s, m, k=k: build_basis(EYE, k=k), "k is") for k in (0, -1, 1.5, True)],
     *[(lambda s, m, x=x: build_basis(x), "the stack") for x in (EYE[0], EYE[:, :0], EYE / 0)],
     (lambda s, m: build_basis(EYE * 1j), "the stack"),
-    (lambda s, m: Share.from_adapters(ADAPTERS, variance=0), "variance is 0"),
+    (lambda s, m: Share(variance=0), "variance is 0"),
     *[(lambda s, m, v=v: Share.from_adapters(ADAPTERS, **{v: 0}), f"{v} is 0") for v in "kp"],
     (lambda s, m: Share.from_adapters(ADAPTERS, stack="rows"), "stack is 'rows'.*updates"),
     *[(lambda s, m, x=x: Share.from_adapters(x), "adapters is empty or no") for x in ({}, [GOOD])],
@@ -1404,15 +1385,14 @@ def unfit(B, A):
     (lambda s, m: s.add("c", unfit(GOOD_B[:-1], GOOD_A)), r"takes \(40, r\) and \(r, 12\)"),
     (lambda s, m: s.add("c", unfit(GOOD_B[:, :-1], GOOD_A)), r"takes \(n, r\) and \(r, d\)"),
     (lambda s, m: s.add("c", unfit(GOOD_B[:, :, None], GOOD_A)), r"'c', layer 'second'.*takes \(n"),
+    (lambda s, m: s.add("c", unfit(GOOD_B, GOOD_A[:, :, None])), r"'c', layer 'second'.*takes \(n"),
     (lambda s, m: s.add("c", unfit(GOOD_B[:, :0], GOOD_A[:0])), r"'c', layer 'second'.*takes \(n"),
     (lambda s, m: s.add("c", unfit(GOOD_B / 0, GOOD_A)), "'c', layer 'second'.*infinity"),
     (lambda s, m: s.add("c", unfit(GOOD_B, 0 / GOOD_A.tril())), "'c', layer 'second'.*NaN"),
     (lambda s, m: s.add("c", unfit(GOOD_B, GOOD_A + 0j)), "'c', layer 'second'.*floats"),
-    (lambda s, m: s.merge({"c": GOOD, "d": unfit(GOOD_B, GOOD_A / 0)}), "task 'd', layer 'second'"),
     (lambda s, m: s.merge({"c": X[0], "d": X[1]}), "'d', layer 'x'"),
     (lambda s, m: s.merge({"a": GOOD}), "task 'a' exists"),
-    (lambda s, m: s.merge({"c": GOOD}, variance=1.5), "variance is 1.5"),
-    (lambda s, m: s.add("a", GOOD), "task 'a' exists"),
+    (lambda s, m: s.merge({"c": GOOD}, variance=1.5, grow=True), "variance is 1.5"),
     (lambda s, m: s.add(3, GOOD), "task 3 .*is no string"),
     (lambda s, m: s.add("c", GOOD, p=0), "p is 0"),
     (lambda s, m: s.add("c", X[0]), "layer 'x': no bases"),
@@ -1421,7 +1401,6 @@ def unfit(B, A):
     (lambda s, m: s.select(["a", "x"]), UNKNOWN),
     (lambda s, m: s.select(5), "task 5 is unknown"),
     (lambda s, m: s.select([["a"]]), r"task \['a'\] is unknown"),
-    (lambda s, m: s.remove(["a"]), r"task \['a'\] is unknown"),
     (lambda s, m: s.factors("first", "x"), UNKNOWN),
     (lambda s, m: make_share().attach(nn.Identity()), "the model has no layer 'first'"),
     (lambda s, m: s.detach(nn.Identity()), "no layer of the model is attached"),
@@ -1478,9 +1457,7 @@ def test_a_lora_layer_starts_as_the_base_and_trains_its_factors():
     assert torch.allclose(model.first(x), h, atol=1e-4)
 
 
-@cases(
-    "targets, found", (["q"], {"q", "b.q"}), (["b.q"], {"b.q"}), (["eq", "q"], {"q", "eq", "b.q"})
-)
+@cases("targets, found", (["q"], {"q", "b.q"}), (["eq", "b.q"], {"eq", "b.q"}))
 def test_targets_are_whole_last_parts_of_names(targets, found):
     layers = {name: nn.Linear(2, 2) for name in ("q", "eq", "q_")}
     model = nn.ModuleDict(layers | {"b": nn.ModuleDict({"q": nn.Linear(2, 2)})})
@@ -1508,7 +1485,7 @@ def peft_directory(path, changes=(), extras=(), dtype=torch.float32, r=4):
     ({"alpha_pattern": {"layers.0.q_proj": 1, "q_proj": 2}}, [0.25, 0.5, 2]),
     ({"alpha_pattern": {r".*\.1\..*": 16, "^lm_head": 4}}, [2, 4, 1]),
     ({"alpha_pattern": {"proj": 1, "m_head": 1, "q_pro": 1}}, [2, 2, 2]),
-    ({"alpha_pattern": {"q_proj": 2}, "use_rslora": True}, [1, 1, 4]),
+    ({"alpha_pattern": {"q_proj": 2}, "use_rslora": True, "r": 9}, [1, 1, 4]),
 )
 def test_the_scaling_is_folded_in_as_peft_computes_it(tmp_path, changes, scaling, dtype):
     stored = peft_directory(tmp_path / "a", changes, dtype=dtype)
@@ -1537,15 +1514,13 @@ def test_a_peft_directory_goes_through_a_share_and_out_again(tmp_path, r):
     assert back.config["init_lora_weights"] is True
 
 
-@variants(config=[{}, {"target_modules": ["q"]}, {"exclude_modules": ["v"], "layers_pattern": "h"}])
-def test_save_peft_names_every_layer_and_gives_all_one_rank(tmp_path, config):
+def test_save_peft_names_every_layer_and_gives_all_one_rank(tmp_path):
     factors = {"h.0.q": (torch.randn(8, 1), torch.randn(1, 8))}
     factors["h.1.v"] = torch.randn(8, 3), torch.randn(3, 8)
-    save_peft(Adapter(factors, config=config), tmp_path)
+    save_peft(Adapter(factors, config={"target_modules": ["q"]}), tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
     stored = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     assert written["target_modules"] == r"h\.0\.q|h\.1\.v"
-    assert written.keys().isdisjoint(DROPPED.split())
     assert written["r"] == written["lora_alpha"] == 3
     for layer, (B, A) in factors.items():  # a reader that scales by lora_alpha / a tensor's rank
         stored_A = stored[f"base_model.model.{layer}.lora_A.weight"]
@@ -1719,12 +1694,12 @@ def test_a_router_is_worked_out_by_hand():
         assert Router.fit({"a": flat}).radius < float("inf")
 
 
-@variants(apart=[0.5, 3.0, 30.0])
-def test_a_router_is_as_its_docstring_says(apart):
+@variants(apart=[0.5, 3.0, 30.0], origin=[0, 1e8])
+def test_a_router_is_as_its_docstring_says(apart, origin):
     def distance(r):  # Mahalanobis'
         return (r @ torch.linalg.solve(C, r)).sqrt()
 
-    samples = apart * randn(3, 1, 4) + randn(3, 60, 4) @ randn(4, 4)
+    samples = origin + apart * randn(3, 1, 4) + randn(3, 60, 4) @ randn(4, 4)
     residuals = []
     for x in samples:
         residuals += [x[i] - torch.cat([x[:i], x[i + 1 :]]).mean(0) for i in range(60)]
@@ -1740,14 +1715,6 @@ def test_a_router_is_as_its_docstring_says(apart):
     assert router.radius == pytest.approx(max(own, (own + others) / 2).item())
     r = samples[0][0] - samples[1][0]
     assert float((r @ router.scale).norm()) == pytest.approx(float(distance(r)))
-
-
-def test_a_router_is_exact_far_from_the_origin():
-    samples = {"a": 1e9 + randn(99, 3), "b": 1e9 + 30 + randn(99, 3)}
-    router = Router.fit(samples)
-    assert router.radius < 50
-    for task, x in samples.items():
-        assert router.route(x) == [task] * 99
 
 
 def test_a_feature_that_hardly_varies_decides_nothing():
@@ -1952,7 +1919,7 @@ def test_a_pair_of_flags_works_or_is_refused(flags, tiny_runs, capsys):
         assert Path("x").exists() == ("x" in arguments)
 
 
-@variants(flags=["--json no/x", "--svg no/x", "--seeds 0", "--unknown"])
+@variants(flags=["--json no/x", "--svg no/x", "--json ..", "--seeds 0", "--unknown"])
 def test_flags_that_cannot_be_followed_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         train.main(flags.split())

@@ -72,6 +72,7 @@ from share import (
     ToyTransformer,
     check_adapter,
     merge_layer,
+    no_fast_path,
     train_coefficients,
     write_whole,
 )
@@ -222,6 +223,7 @@ def add_lora(linear, r):
     nn.init.kaiming_uniform_(A, a=5**0.5)
     linear.lora_A = nn.Parameter(A)
     linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r, dtype=dtype))  # so ΔW is 0
+    linear.register_forward_pre_hook(no_fast_path)
     linear.__class__ = LoRALinear  # the same object: its name, weight and place in the model stay
 
 
@@ -999,8 +1001,8 @@ def parse_args(argv):
         parser.add_argument(flag, action="store_true")
     args = parser.parse_args(argv)
     for path in (args.json, args.svg):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"{path}: there is no folder {path.parent}")
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            parser.error(f"{path} is a folder, or there is no folder {path.parent}")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: it takes 1 or more")
     for_the_table = args.all or args.seeds > 1 or args.json or args.svg
