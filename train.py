@@ -17,12 +17,14 @@ Phase 1 puts columns of the first tasks side by side, and keeps the leading left
 the fewest whose squared singular values add up to a given fraction, `variance`, of those of all.
 
     stack="factors"  the paper's: [B1 B2 …] for beta and [A1^T A2^T …] for alpha, minus the mean
+                     column; its direction is added afterwards (ours), as columns are projected
+                     whole.
     stack="updates"  ours, and the default here: [ΔW1 ΔW2 …] and [ΔW1^T ΔW2^T …], each ΔW divided by
                      its norm, no mean subtracted. These are the same however ΔW is split into B A.
 
 To read the method alone, read `compare`, which calls `Experiment.learn_tasks`, which calls
-`Experiment.learn_task`. All that stands behind "Here the method ends" can be left out. The SVD and
-the projections are in share.py.
+`Experiment.learn_task`. All that stands below the comment "Here the method ends" can be left out.
+The SVD and the projections are in share.py.
 
 Share and LoRA learn twelve secret ciphers, one after another. A Vigenère cipher adds a key of three
 letters, over and over, to a message of twelve: letter t of the answer is x_t + key[t % 3], modulo
@@ -103,7 +105,7 @@ class Settings:
     stack: str = "updates"  # what phase 1 stacks: "updates", ours, or "factors", the paper's
     variance: float = 0.95  # the fraction of a stack's variance that its basis explains
     p: int = 1  # pseudo-rank: columns of a later task's coefficients
-    general_p: int = 4  # columns of the one set of coefficients in share_general
+    general_p: int = 4  # with --all: p of one set of coefficients for all tasks, share_general
     steps: int = 150  # per task
     lr: float = 4e-2
 
@@ -210,7 +212,7 @@ def attach_lora(model, targets, r=8):
     if not chosen:
         raise ValueError("targets is empty, and so ends the name of no nn.Linear")
     model.requires_grad_(False)
-    for name, linear in linears.items():  # in the model's order, as each takes random numbers
+    for name, linear in linears.items():  # not the set: the order fixes whose random A is whose
         if name in chosen:
             add_lora(linear, r)
     return model
@@ -223,7 +225,7 @@ def add_lora(linear, r):
     nn.init.kaiming_uniform_(A, a=5**0.5)
     linear.lora_A = nn.Parameter(A)
     linear.lora_B = nn.Parameter(W0.new_zeros(linear.out_features, r, dtype=dtype))  # so ΔW is 0
-    linear.register_forward_pre_hook(no_fast_path)
+    linear.register_forward_pre_hook(no_fast_path)  # nn.TransformerEncoderLayer may only read W0
     linear.__class__ = LoRALinear  # the same object: its name, weight and place in the model stay
 
 
@@ -332,7 +334,7 @@ class Experiment:
         with share.learn(model, self.names[t], p=p, phi=phi, grow=grow, seed=seed):
             # In this block these numbers alone, as parameters of the model, require gradients.
             trained = fit(model, self.batches(t, s.steps), s.lr, last_lr=s.lr)
-        # The end of the block has stored the coefficients. With phi > 0, phase 3 has followed:
+        # Leaving the block has stored the coefficients or, with phi > 0, done phase 3:
         #     grow=True   ours: each basis gets the directions of ΔW that it lacks; other ΔW stay
         #     grow=False  the paper's: phase 1 again, in which B and A of all tasks, this one, too,
         #                 are stacked as the share's `stack` says; all ΔW may change
@@ -580,7 +582,8 @@ def whitening(residuals):
     C = 0.9 covariance + 0.1 its diagonal, of residuals (N, f): with few samples, some directions of
     the covariance have almost no variance.
     """
-    covariance = residuals.T @ residuals / len(residuals)  # of each task they add up to 0
+    # No mean is subtracted: the residuals of each task add up to 0.
+    covariance = residuals.T @ residuals / len(residuals)
     variances = covariance.diagonal()
     C = 0.9 * covariance + 0.1 * variances.diag()
     least = 1e-7 * variances.max() + 1e-30  # so that C has an inverse if a feature is constant
@@ -625,13 +628,10 @@ def average(share, tasks, name, p=None):
         if pairs:
             B = torch.cat([B for B, _ in pairs], dim=1) / len(adapters)
             factors[layer] = B, torch.cat([A for _, A in pairs])
-    # share.add projects it onto the bases, where the ΔW of all tasks lie, so that nothing is lost,
-    # and cuts it to p columns, or to fewer. In a layer ΔW has a rank of min(kβ, kα) at most. So the
-    # largest k of all bases cuts nothing.
-    if p is None:
+    if p is None:  # as many columns as the largest basis has: no ΔW has a higher rank
         sizes = [basis.shape[1] for bases in share.bases.values() for basis in bases]
         p = max([1] + sizes)  # 1, if all are empty
-    share.add(name, Adapter(factors), p)
+    share.add(name, Adapter(factors), p)  # all ΔW lie in the bases: projection loses nothing
 
 
 # --- The other rows, of --all
@@ -802,11 +802,12 @@ def load_and_merge(path, adapter):
 
 
 def load_and_merge_plainly(path, adapter):
-    """The same on whole columns, which `Share.merge` shortens first. Only its time is used."""
+    """The same on whole columns, of n numbers, which `Share.merge` makes shorter by a projection."""
     share = Share.load(path)
     B, A = adapter.factors["0"]
-    settings = dict(variance=share.variance, k=None, stacking=share.stacking)
-    merge_layer(share.bases["0"], share.coefficients["0"], {"new": (B, A.T)}, **settings)
+    new = {"new": (B, A.T)}  # merge_layer takes columns on both sides
+    settings = dict(variance=share.variance, k=None, stacking=share.stacking)  # k=None: by variance
+    merge_layer(share.bases["0"], share.coefficients["0"], new, **settings)
 
 
 def svg(methods, seed):
@@ -910,9 +911,10 @@ def check_extras(extras, config, directory):
     """
     heads = {module.split(".")[-1] for module in config.get("modules_to_save") or []}
     for name in extras:
-        lora_parts = {part for part in name.split(".") if part.startswith("lora_")}
-        if lora_parts - heads:
-            raise ValueError(f"{directory}: {name!r} is no base_model.model.LAYER.lora_A/B.weight")
+        for part in name.split("."):
+            if part.startswith("lora_") and part not in heads:
+                message = f"{name!r} is no base_model.model.LAYER.lora_A/B.weight"
+                raise ValueError(f"{directory}: {message}")
 
 
 def peft_scaling(config, layer, r, directory):
@@ -931,20 +933,18 @@ def peft_scaling(config, layer, r, directory):
 def save_peft(adapter, directory):
     """Write an Adapter for PEFT. Every layer gets the largest rank r, padded with zeros.
 
-    Its config is kept, but for PEFT_DROPPED and for
-        r, lora_alpha, use_rslora  such that PEFT's scaling is 1: B has the true one already
-        init_lora_weights          True: the start of training does not matter any more
-        target_modules             a pattern of the layers; PEFT compares it with whole names
-
+    Its config is kept, but for PEFT_DROPPED and for what has to describe these factors.
     ValueError if the adapter is malformed or JSON cannot hold its config; then nothing is written.
     """
     directory = Path(directory)
     check_adapter(directory.name, adapter, bases={})  # {}: no layer has to have a known shape
     r = max(len(A) for _, A in adapter.factors.values())
     config = {key: adapter.config[key] for key in adapter.config if key not in PEFT_DROPPED}
-    config |= {"peft_type": "LORA", "r": r, "lora_alpha": r, "use_rslora": False}
-    config |= {"init_lora_weights": True}
-    config["target_modules"] = "|".join(re.escape(layer) for layer in adapter.factors)
+    config |= {"peft_type": "LORA", "r": r}
+    config |= {"lora_alpha": r, "use_rslora": False}  # scaling 1: B has the true one already
+    config["init_lora_weights"] = True  # the start of training does not matter any more
+    pattern = "|".join(re.escape(layer) for layer in adapter.factors)
+    config["target_modules"] = pattern  # PEFT compares it with whole names
     try:
         text = json.dumps(config, indent=2)
     except (TypeError, ValueError) as error:
