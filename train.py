@@ -802,7 +802,7 @@ def load_and_merge(path, adapter):
 
 
 def load_and_merge_plainly(path, adapter):
-    """The same on whole columns, of n numbers, which `Share.merge` makes shorter by a projection."""
+    """The same on whole columns, of n numbers, which `Share.merge` makes shorter."""
     share = Share.load(path)
     B, A = adapter.factors["0"]
     new = {"new": (B, A.T)}  # merge_layer takes columns on both sides
