@@ -83,7 +83,7 @@ class ShareLinear(nn.Linear):
 
     def forward(self, input):
         # attach has set self.share, the Share, and self.layer, the name of this layer in it.
-        follow_weight(self)  # model.to(device) does not move the bases; this does
+        follow_weight(self)  # model.to(device) does not move the bases; this does it
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
         if isinstance(task, tuple):  # ours: a task for each sample
@@ -101,7 +101,7 @@ def lora_factors(bases, eps):
     """LoRA's B = beta eps_beta (n, p) and A = (alpha eps_alpha)^T (p, d)."""
     beta, alpha = bases
     eps_beta, eps_alpha = eps
-    # Without autocast: reconstruct and detach keep B and A, and half precision would lose digits.
+    # Not in half precision, even under autocast: B and A are also exported and added to weights.
     with torch.autocast(beta.device.type, enabled=False):
         return beta @ eps_beta, (alpha @ eps_alpha).T
 
@@ -131,14 +131,14 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     variance, k: see `build_basis`. stacking: the paper's "factors", or "updates", ours.
     least, ours: in a merge, the sizes that beta and alpha keep at least, see `keep_size`.
     """
-    # 1. Put the B's of all tasks side by side, and their A^T's.
-    stacked = pairs
-    if stacking == "updates":  # ours
-        stacked = scaled_updates(pairs)
+    # 1. Put the B's of all tasks side by side, and their A^T's; or, ours, columns of their ΔW.
+    stacked = pairs if stacking == "factors" else scaled_updates(pairs)
     Bs = torch.cat([B for B, _ in stacked.values()], dim=1)
     A_Ts = torch.cat([A_T for _, A_T in stacked.values()], dim=1)
     # 2. Take the main directions of each.
-    centre = stacking == "factors"  # not of updates, as scaled_updates explains
+    # Updates are not centred: another split of ΔW mixes their columns, which moves the mean of
+    # them, but not the main directions.
+    centre = stacking == "factors"
     beta = build_basis(Bs, variance, k, centre=centre)
     alpha = build_basis(A_Ts, variance, k, centre=centre)
     beta = keep_size(beta, Bs, least[0])  # ours; in phase 1, least is 0 and nothing happens
@@ -184,7 +184,8 @@ def main_directions(X, rounding, variance, k=None):
         explained = (S[:rank] ** 2).cumsum(0)
         wanted = (variance - 1e-12) * (S[:rank] ** 2).sum()  # 1e-12: 0.6 may come out as 0.59999…
         k = 1 + int((explained < wanted).sum())
-    # U: QR makes the lengths 1, and the columns of small S, which rounding has tilted, orthogonal.
+    # U is U S with columns of length 1. QR does that, and takes away the part of one column in
+    # another, which is up to 1e-4 for the smallest S, by rounding.
     return orthonormal([US[:, : min(k, rank)]])
 
 
@@ -241,6 +242,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     # 3. Take the layers that have moved. Others, which the loss never reached, hold random numbers
     #    or, with finetune, what they held before.
     ends = moved_layers(task, start, trained)
+    # The task's B and A: for phase 3, and for the record of ‖ΔW‖²
     adapter = share.reconstruct(task) if finetune else Adapter({})
     for layer, end in ends.items():
         adapter.factors[layer] = learned_factors(share.bases[layer], end)
@@ -310,7 +312,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
         old = share.coefficients.get(layer)
         if bases is None:  # a new layer: phase 1
             layers[layer] = build_layer(new, variance, k, share.stacking)
-        elif not grow:  # phase 3: as merge_layer, below, but faster
+        elif not grow:  # phase 3: the next function, merge_layer, in a faster way
             layers[layer] = merge_layer_fast(bases, old, new, variance, k, share.stacking)
         else:  # ours
             layers[layer] = grow_layer(bases, old, new, variance, k)
@@ -336,14 +338,47 @@ def merge_layer(bases, old, new, variance, k, stacking):
     return build_layer(pairs, variance, k, stacking, least)
 
 
-# --- Part 2, everything else. Behind merge
-def keep_size(basis, stack, least):
-    """Ours: in a merge by variance, a basis has `least` columns, its size before, or more.
+# --- Part 2, everything else. For the method alone you can stop here.
 
-    To keep 60 % of what earlier merges have kept, merge after merge, would shrink it, and the old
-    tasks with it. A basis that is too narrow is replaced, not extended: by the first `least`
-    directions of the stack as it is, mean included, as no others hold more of its columns. They are
-    fewer only if the stack has a lower rank, as after `remove`.
+
+# --- Behind phases 1 and 3
+def scaled_directions(X):
+    """U S and S of the SVD X = U S V^T, by way of X^T X = V S² V^T, which is faster."""
+    if X.shape[0] < X.shape[1]:
+        # X^T = Q R, so X X^T = R^T R, and R^T, which is only n × n, has the U and S of X.
+        X = torch.linalg.qr(X.T, mode="r").R.T
+    squares, V = torch.linalg.eigh(X.T @ X)  # S² and V, the smallest one first
+    squares, V = squares.flip(0), V.flip(1)  # the largest one first
+    S = squares.clamp(min=0).sqrt()  # exact enough down to 1e-8 of the first; ROUNDING is 1e-6
+    return X @ V, S  # X V = U S
+
+
+def orthonormal(matrices):
+    """Orthonormal columns whose span contains all columns of the matrices, in float64."""
+    return torch.linalg.qr(torch.cat(matrices, dim=1).double()).Q
+
+
+def with_mean(basis, mean, m, rounding):
+    """Ours: a basis and, beside it, the direction of the mean, as far as it lies outside.
+
+    The basis was made of columns minus their mean, but `project` takes the m columns with it, and
+    each of them would lose the part of the mean that is outside.
+    """
+    outside = mean - basis @ (basis.T @ mean)
+    lost = m**0.5 * outside.norm()  # the norm of m copies of it
+    if lost <= rounding:
+        return basis
+    return torch.cat([basis, outside / outside.norm()], dim=1)
+
+
+def keep_size(basis, stack, least):
+    """Ours: in a merge by variance, a basis keeps at least its size from before, `least`.
+
+    Why: each merge keeps, say, 60 % of what the last one has kept. So the basis would shrink from
+    merge to merge, and the old tasks with it.
+    How: a basis that is too narrow is replaced by the first `least` directions of the stack, with
+    no mean subtracted. Of all bases of this size it loses least of the columns. It is narrower only
+    if the stack has a lower rank, as after `remove`.
     """
     if basis.shape[1] < least:  # never in phase 1, where least is 0
         return build_basis(stack, k=least)
@@ -363,18 +398,13 @@ def merge_layer_fast(bases, old, new, variance, k, stacking):
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
-    Q = Q_beta, Q_alpha
-    short_new = {task: project(Q, pair) for task, pair in new.items()}
-    # 2. Merge.
-    merged = merge_layer(project(Q, bases), old, short_new, variance, k, stacking)
+    short_bases = Q_beta.T @ beta.double(), Q_alpha.T @ alpha.double()
+    short_new = {task: project((Q_beta, Q_alpha), pair) for task, pair in new.items()}
+    # 2. Merge. Coefficients, old, are the same: beta eps_beta is short if beta is.
+    merged = merge_layer(short_bases, old, short_new, variance, k, stacking)
     # 3. Make the new bases long.
     (short_beta, short_alpha), coefficients = merged
     return ((Q_beta @ short_beta).to(beta), (Q_alpha @ short_alpha).to(alpha)), coefficients
-
-
-def orthonormal(matrices):
-    """Orthonormal columns whose span contains all columns of the matrices, in float64."""
-    return torch.linalg.qr(torch.cat(matrices, dim=1).double()).Q
 
 
 # --- The share, which the phases fill
@@ -673,9 +703,9 @@ class Share:
             self._check_new_task(task)
             check_adapter(task, adapter, bases)
             for layer, (B, A) in adapter.factors.items():
-                # In a new layer the first adapter's B and A^T stand in for bases, which have the
-                # same numbers of rows, and are to be on its device.
-                beta, _ = bases.setdefault(layer, (B, A.T))
+                if layer not in bases:  # it takes shape and device from the first adapter
+                    bases[layer] = B, A.T
+                beta, _ = bases[layer]
                 dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
                 pair = B.detach().to(beta.device, dtype), A.detach().to(beta.device, dtype).T
                 by_layer.setdefault(layer, {})[task] = pair
@@ -683,10 +713,11 @@ class Share:
 
     @torch.inference_mode(False)  # a tensor that is made in inference mode could never be trained
     def _store(self, adapters, layers):
-        """Take in copies of {layer: ((beta, alpha), {task: eps})}: other layers and tasks stay.
+        """Take in copies of results; all that they do not name stays.
 
-        adapters: the tasks that are new, or newly trained: their records are written. Other tasks
-        keep theirs, and so the ‖ΔW‖² that they had at first, even if a merge changes their eps.
+        layers: {layer: ((beta, alpha), {task: eps})}, with all tasks whose coefficients are new.
+        adapters: the tasks that are new, or newly trained, whose records are written. Other tasks
+        keep the ‖ΔW‖² that they had at first, even if a merge has changed their coefficients.
         """
         bases = dict(self.bases)
         coefficients = dict(self.coefficients)
@@ -745,16 +776,6 @@ def squared_norm(adapter):
     return total
 
 
-def scaled_directions(X):
-    """U S and S of the SVD X = U S V^T, by way of X^T X = V S² V^T, which is faster."""
-    if X.shape[0] < X.shape[1]:
-        # X = R^T Q^T, and R^T, which is only n × n, has the same U and S.
-        X = torch.linalg.qr(X.T, mode="r").R.T
-    squares, V = torch.linalg.eigh(X.T @ X)  # the smallest one first
-    squares, V = squares.flip(0), V.flip(1)
-    return X @ V, squares.clamp(min=0).sqrt()  # X V = U S
-
-
 def best_rank(eps, p):
     """Ours: coefficients cut to at most p columns, with the least change of ΔW.
 
@@ -771,26 +792,15 @@ def best_rank(eps, p):
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     # Set errors of rounding to 0: the root of 1e-8 would be 1e-4, a direction in a later merge.
     S = torch.where(S.gt(ROUNDING * S.norm()), S, 0.0)
-    # Either root will do, as U and V have arbitrary signs. But a later merge subtracts the mean
-    # column: take the root with which a column points as those of eps_beta do on the whole.
-    root = torch.where(U.T @ eps_beta.double().sum(dim=1) < 0, -S.sqrt(), S.sqrt())[:p]
+    # The SVD leaves open the sign of each column, one sign for U and V. A later merge, which
+    # subtracts the mean column, depends on it. So no column of U points against the sum of those of
+    # eps_beta; a column of V may.
+    sign = torch.where(U.T @ eps_beta.double().sum(dim=1) < 0, -1.0, 1.0)
+    root = (sign * S.sqrt())[:p]
     return U[:, :p] * root, Vh[:p].T * root
 
 
 # --- Ours
-def with_mean(basis, mean, m, rounding):
-    """Ours: a basis and, beside it, the direction of the mean, as far as it lies outside.
-
-    The basis was made of columns minus their mean, but `project` takes the m columns with it, and
-    each of them would lose the part of the mean that is outside.
-    """
-    outside = mean - basis @ (basis.T @ mean)
-    lost = m**0.5 * outside.norm()  # the norm of m copies of it
-    if lost <= rounding:
-        return basis
-    return torch.cat([basis, outside / outside.norm()], dim=1)
-
-
 def update_columns(B, A_T):
     """Ours: left (n, ·) and right (d, ·), in float64, in place of B and A^T.
 
@@ -798,18 +808,17 @@ def update_columns(B, A_T):
     and values of ΔW, however it is split into B and A. B and A themselves have others for each
     split: B M and M^-1 A are the same ΔW for any invertible M.
     """
-    R_A = torch.linalg.qr(A_T.double(), mode="r").R  # A^T = Q R_A
-    R_B = torch.linalg.qr(B.double(), mode="r").R
-    # A A^T = R_A^T R_A, so ΔW ΔW^T = B A A^T B^T = (B R_A^T) (B R_A^T)^T. Likewise for ΔW^T ΔW.
-    return B.double() @ R_A.T, A_T.double() @ R_B.T
+    B, A_T = B.double(), A_T.double()
+    R_A = torch.linalg.qr(A_T, mode="r").R  # A^T = Q R_A, so ΔW = B A = (B R_A^T) Q^T
+    R_B = torch.linalg.qr(B, mode="r").R  # B = P R_B, so ΔW^T = A^T B^T = (A^T R_B^T) P^T
+    # Q and P have orthonormal columns: without them U and S are the same.
+    return B @ R_A.T, A_T @ R_B.T
 
 
 def scaled_updates(pairs):
     """Ours, for "updates": {task: (left, right)}, its `update_columns` divided by their norm, ‖ΔW‖.
 
-    So all tasks weigh the same, but for a ΔW smaller than ROUNDING times the largest. No mean is
-    subtracted: with another split of ΔW, left becomes left G, where G G^T = 1. The mean of its
-    columns is another one, but left left^T, and so the main directions, stay.
+    So all tasks weigh the same, but for a ΔW below ROUNDING times the largest, which stays small.
     """
     updates = {task: update_columns(B, A_T) for task, (B, A_T) in pairs.items()}
     largest = max(float(left.norm()) for left, _ in updates.values())
@@ -975,9 +984,10 @@ def frozen(model):
 
 
 def no_fast_path(linear, inputs):
-    """A hook that does nothing. nn.TransformerEncoderLayer calls layers that have one.
+    """A hook that does nothing, but has to be there.
 
-    Of others it may only read the weights (its fast path), and ΔW would be lost.
+    In eval mode nn.TransformerEncoderLayer may read the weights of its nn.Linear's and not call
+    them (its fast path), and ΔW would be lost. If one of them has a hook, it calls them.
     """
 
 
