@@ -26,10 +26,10 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
     share.select("new")  # from now on model(tokens) answers as the task "new"
 
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are default:
-- Phases 1 and 3: a basis gets one more column if the mean of all columns lies outside (with_mean).
+- Phases 1 and 3: the mean column is subtracted, but its direction added to the basis (with_mean).
 - Phase 2 with phi > 0: the new task adds directions to the bases, in place of phase 3 (grow).
-- Phase 3: a basis that would get smaller than it was is replaced by one of the old size, without
-  with_mean, unless its tasks have a lower rank (keep_size).
+- Phase 3: where a basis would get smaller, as nearly always at variance=0.6, one of the old size is
+  taken, of which no mean is subtracted (keep_size).
 For the paper alone pass grow=False, and delete the calls of with_mean and keep_size.
 """
 
@@ -235,28 +235,27 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     #    the coefficients that the task has.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; start stays, for step 3
-    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen. In
-    #    forward, share.factors then returns the learned_factors of the copy.
+    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen.
+    #    `training` puts the copy into share.trained, from which forward takes learned_factors.
     with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Take the layers that have moved. Others, which the loss never reached, hold random numbers
     #    or, with finetune, what they held before.
     ends = moved_layers(task, start, trained)
-    # The task's B and A: for phase 3, and for the record of ‖ΔW‖²
+    # its B and A: for phase 3, and for the record of ‖ΔW‖²
     adapter = share.reconstruct(task) if finetune else Adapter({})
     for layer, end in ends.items():
         adapter.factors[layer] = learned_factors(share.bases[layer], end)
     check_adapter(task, adapter, {})  # training may have ended in NaN
-    # 4. Keep the coefficients. With phi > 0 they belong to temporary columns, too, which are in no
-    #    basis: so merge B and A, of rank p.
-    if phi == 0:
+    # 4. Keep the task.
+    if phi == 0:  # the bases stay, only the coefficients are new
         layers = {}
         for layer, end in ends.items():
             layers[layer] = share.bases[layer], {task: (end["eps_beta"], end["eps_alpha"])}
         share._store({task: adapter}, layers)
     elif grow:  # ours: bases grow by p directions at most, and nothing is lost
         share.merge({task: adapter}, variance=1.0, grow=True)
-    else:  # phase 3
+    else:  # phase 3: the temporary columns are in no basis, so merge B and A
         share.merge({task: adapter})
 
 
@@ -333,7 +332,7 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = B, A_T
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: by variance, no basis gets smaller.
+    # 3. Phase 1 again. Ours: by variance, no basis gets smaller, see keep_size.
     least = (beta.shape[1], alpha.shape[1]) if k is None else (0, 0)
     return build_layer(pairs, variance, k, stacking, least)
 
@@ -375,7 +374,7 @@ def keep_size(basis, stack, least):
     """Ours: in a merge by variance, a basis keeps at least its size from before, `least`.
 
     Why: each merge keeps, say, 60 % of what the last one has kept. So the basis would shrink from
-    merge to merge, and the old tasks with it.
+    merge to merge, and the old tasks with it. At 60 % nearly every merge ends here.
     How: a basis that is too narrow is replaced by the first `least` directions of the stack, with
     no mean subtracted. Of all bases of this size it loses least of the columns. It is narrower only
     if the stack has a lower rank, as after `remove`.
@@ -792,9 +791,9 @@ def best_rank(eps, p):
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
     # Set errors of rounding to 0: the root of 1e-8 would be 1e-4, a direction in a later merge.
     S = torch.where(S.gt(ROUNDING * S.norm()), S, 0.0)
-    # The SVD leaves open the sign of each column, one sign for U and V. A later merge, which
-    # subtracts the mean column, depends on it. So no column of U points against the sum of those of
-    # eps_beta; a column of V may.
+    # The SVD leaves the sign of each pair of columns (of U, of V) open, and a later merge, which
+    # subtracts the mean column, depends on it. So that it is the same on every machine: no column
+    # of U points against the sum of those of eps_beta.
     sign = torch.where(U.T @ eps_beta.double().sum(dim=1) < 0, -1.0, 1.0)
     root = (sign * S.sqrt())[:p]
     return U[:, :p] * root, Vh[:p].T * root
