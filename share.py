@@ -28,8 +28,8 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are default:
 - Phases 1 and 3: the mean column is subtracted, but its direction added to the basis (with_mean).
 - Phase 2 with phi > 0: the new task adds directions to the bases, in place of phase 3 (grow).
-- Phase 3: where a basis would get smaller, as nearly always at variance=0.6, one of the old size is
-  taken, of which no mean is subtracted (keep_size).
+- Phase 3: at variance=0.6 nearly every basis would get smaller. A basis of the old size takes its
+  place: the first directions, found without subtracting a mean (keep_size).
 For the paper alone pass grow=False, and delete the calls of with_mean and keep_size.
 """
 
@@ -57,9 +57,7 @@ ROUNDING = 1e-6  # relative size below which a singular value or a column counts
 #     share.variance, share.stacking  settings of phase 1, for phase 3
 #     share.selected                  the task whose ΔW is added in forward
 #
-# Its methods with an underscore do the bookkeeping: _pairs_by_layer regroups {task: Adapter} by
-# layer, _start calls start_layer for each one, _resume takes the coefficients that a task has, and
-# _store writes results.
+# Its methods with an underscore, in Part 2, do the bookkeeping.
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
@@ -89,7 +87,7 @@ class ShareLinear(nn.Linear):
         if isinstance(task, tuple):  # ours: a task for each sample
             BAx = mixed_batch(self.share, self.layer, task, input)
         else:
-            factors = self.share.factors(self.layer, task)
+            factors = self.share.factors(self.layer, task)  # lora_factors; in learn learned_factors
             if factors is None:  # no task, or one that leaves this layer alone
                 return h
             B, A = factors  # B = beta eps_beta, A = (alpha eps_alpha)^T
@@ -131,14 +129,16 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     variance, k: see `build_basis`. stacking: the paper's "factors", or "updates", ours.
     least, ours: in a merge, the sizes that beta and alpha keep at least, see `keep_size`.
     """
-    # 1. Put the B's of all tasks side by side, and their A^T's; or, ours, columns of their ΔW.
-    stacked = pairs if stacking == "factors" else scaled_updates(pairs)
+    # 1. Put the B's of all tasks side by side, and their A^T's.
+    if stacking == "factors":  # the paper's
+        stacked = pairs
+        centre = True
+    else:  # ours: columns of each ΔW. Their mean would depend on how ΔW is split into B and A.
+        stacked = scaled_updates(pairs)
+        centre = False
     Bs = torch.cat([B for B, _ in stacked.values()], dim=1)
     A_Ts = torch.cat([A_T for _, A_T in stacked.values()], dim=1)
     # 2. Take the main directions of each.
-    # Updates are not centred: another split of ΔW mixes their columns, which moves the mean of
-    # them, but not the main directions.
-    centre = stacking == "factors"
     beta = build_basis(Bs, variance, k, centre=centre)
     alpha = build_basis(A_Ts, variance, k, centre=centre)
     beta = keep_size(beta, Bs, least[0])  # ours; in phase 1, least is 0 and nothing happens
@@ -179,13 +179,11 @@ def main_directions(X, rounding, variance, k=None):
     US, S = scaled_directions(X)  # the columns of U S, and S, of the SVD X = U S V^T
     rank = int(S.gt(rounding).sum())
     if k is None:
-        # Say that the first direction explains 0.5, the first two 0.8, and 0.6 is wanted. Then one
-        # direction is too few, and k is 2.
-        explained = (S[:rank] ** 2).cumsum(0)
-        wanted = (variance - 1e-12) * (S[:rank] ** 2).sum()  # 1e-12: 0.6 may come out as 0.59999…
-        k = 1 + int((explained < wanted).sum())
-    # U is U S with columns of length 1. QR does that, and takes away the part of one column in
-    # another, which is up to 1e-4 for the smallest S, by rounding.
+        energy = S[:rank] ** 2
+        explained = energy.cumsum(0) / energy.sum()  # say [0.5, 0.8, 1.0], by the first 1, 2, 3
+        too_few = explained < variance - 1e-12  # for 0.6: [True, False, False]
+        k = 1 + int(too_few.sum())  # 2. (1e-12, as a sum of 0.6 may come out as 0.59999….)
+    # U is U S with columns of length 1. QR does that, and makes them orthogonal to the last digit.
     return orthonormal([US[:, : min(k, rank)]])
 
 
@@ -235,17 +233,18 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     #    the coefficients that the task has.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; start stays, for step 3
-    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen.
-    #    `training` puts the copy into share.trained, from which forward takes learned_factors.
+    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen. B and
+    #    A of forward are then learned_factors(share.bases[layer], trained[layer]).
     with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
-    # 3. Take the layers that have moved. Others, which the loss never reached, hold random numbers
-    #    or, with finetune, what they held before.
+    # 3. Take the layers that have moved, and their B and A: for phase 3, or the record of ‖ΔW‖².
+    #    Other layers, which the loss has not reached, hold random numbers.
     ends = moved_layers(task, start, trained)
-    # its B and A: for phase 3, and for the record of ‖ΔW‖²
-    adapter = share.reconstruct(task) if finetune else Adapter({})
-    for layer, end in ends.items():
-        adapter.factors[layer] = learned_factors(share.bases[layer], end)
+    factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
+    adapter = Adapter(factors)
+    if finetune:  # ours: other layers, extras and config stay as they were
+        adapter = share.reconstruct(task)
+        adapter.factors.update(factors)
     check_adapter(task, adapter, {})  # training may have ended in NaN
     # 4. Keep the task.
     if phi == 0:  # the bases stay, only the coefficients are new
@@ -253,7 +252,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
         for layer, end in ends.items():
             layers[layer] = share.bases[layer], {task: (end["eps_beta"], end["eps_alpha"])}
         share._store({task: adapter}, layers)
-    elif grow:  # ours: bases grow by p directions at most, and nothing is lost
+    elif grow:  # ours: bases grow by min(p, phi) directions at most, and nothing is lost
         share.merge({task: adapter}, variance=1.0, grow=True)
     else:  # phase 3: the temporary columns are in no basis, so merge B and A
         share.merge({task: adapter})
@@ -311,10 +310,10 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
         old = share.coefficients.get(layer)
         if bases is None:  # a new layer: phase 1
             layers[layer] = build_layer(new, variance, k, share.stacking)
-        elif not grow:  # phase 3: the next function, merge_layer, in a faster way
-            layers[layer] = merge_layer_fast(bases, old, new, variance, k, share.stacking)
-        else:  # ours
+        elif grow:  # ours
             layers[layer] = grow_layer(bases, old, new, variance, k)
+        else:  # phase 3: the result is that of merge_layer, the next function
+            layers[layer] = merge_layer_fast(bases, old, new, variance, k, share.stacking)
     share._store(adapters, layers)
 
 
@@ -332,8 +331,10 @@ def merge_layer(bases, old, new, variance, k, stacking):
         pairs[task] = B, A_T
     # 2. Put the new ones beside them.
     pairs.update(new)
-    # 3. Phase 1 again. Ours: by variance, no basis gets smaller, see keep_size.
-    least = (beta.shape[1], alpha.shape[1]) if k is None else (0, 0)
+    # 3. Phase 1 again, for all.
+    least = 0, 0
+    if k is None:  # ours: no basis gets smaller, unless k asks for it, see keep_size
+        least = beta.shape[1], alpha.shape[1]
     return build_layer(pairs, variance, k, stacking, least)
 
 
@@ -342,14 +343,17 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 # --- Behind phases 1 and 3
 def scaled_directions(X):
-    """U S and S of the SVD X = U S V^T, by way of X^T X = V S² V^T, which is faster."""
-    if X.shape[0] < X.shape[1]:
-        # X^T = Q R, so X X^T = R^T R, and R^T, which is only n × n, has the U and S of X.
-        X = torch.linalg.qr(X.T, mode="r").R.T
-    squares, V = torch.linalg.eigh(X.T @ X)  # S² and V, the smallest one first
-    squares, V = squares.flip(0), V.flip(1)  # the largest one first
-    S = squares.clamp(min=0).sqrt()  # exact enough down to 1e-8 of the first; ROUNDING is 1e-6
-    return X @ V, S  # X V = U S
+    """U S and S of the SVD X = U S V^T, the largest first.
+
+    It is faster than an SVD: X^T X = V S² V^T gives S and V, and then X V = U S. But it loses
+    digits: S is noise below 1e-8 of the largest, and at ROUNDING, 1e-6 of it, right to about 1e-4.
+    """
+    if X.shape[0] < X.shape[1]:  # wide: take R^T, which is only n × n and has the same U and S
+        R = torch.linalg.qr(X.T, mode="r").R  # X^T = Q R, so X = R^T Q^T: only V is another one
+        X = R.T
+    squares, V = torch.linalg.eigh(X.T @ X)  # S² and V, the smallest first
+    squares, V = squares.flip(0), V.flip(1)
+    return X @ V, squares.clamp(min=0).sqrt()
 
 
 def orthonormal(matrices):
@@ -360,8 +364,8 @@ def orthonormal(matrices):
 def with_mean(basis, mean, m, rounding):
     """Ours: a basis and, beside it, the direction of the mean, as far as it lies outside.
 
-    The basis was made of columns minus their mean, but `project` takes the m columns with it, and
-    each of them would lose the part of the mean that is outside.
+    The basis was made for the columns without their mean. But `project` takes the m columns with
+    it, and each of them would lose the part of the mean that is outside.
     """
     outside = mean - basis @ (basis.T @ mean)
     lost = m**0.5 * outside.norm()  # the norm of m copies of it
@@ -373,11 +377,11 @@ def with_mean(basis, mean, m, rounding):
 def keep_size(basis, stack, least):
     """Ours: in a merge by variance, a basis keeps at least its size from before, `least`.
 
-    Why: each merge keeps, say, 60 % of what the last one has kept. So the basis would shrink from
-    merge to merge, and the old tasks with it. At 60 % nearly every merge ends here.
-    How: a basis that is too narrow is replaced by the first `least` directions of the stack, with
-    no mean subtracted. Of all bases of this size it loses least of the columns. It is narrower only
-    if the stack has a lower rank, as after `remove`.
+    The stack of a merge is, apart from the new adapters, what the last basis has kept, and 60 % of
+    60 % is 36 %: the basis would shrink from merge to merge, and the old tasks with it. So at
+    variance=0.6 nearly every basis is replaced here: by the first `least` directions of the stack,
+    no mean subtracted, as no other basis of this size loses less of the columns. It is narrower if
+    the stack has a rank below `least`, as after `remove`.
     """
     if basis.shape[1] < least:  # never in phase 1, where least is 0
         return build_basis(stack, k=least)
@@ -385,13 +389,13 @@ def keep_size(basis, stack, least):
 
 
 def merge_layer_fast(bases, old, new, variance, k, stacking):
-    """What merge_layer returns, but faster: it merges short columns.
+    """The result of merge_layer, but faster: it merges short columns.
 
     All columns, old and new, lie in the span of beta and the new B's. It has few dimensions: 40 for
     kβ = 32 and one new adapter of rank 8, whatever n. Q (n, 40) is an orthonormal basis of it, so
-    c = Q (Q^T c) for each column c, and Q^T c, of 40 numbers, is its short form. Short columns have
-    the inner products of the long ones, so the same singular values and coefficients, and their
-    mean is the short form of the mean. Only the new bases come out short. A^T likewise.
+    c = Q (Q^T c) for each column c, and Q^T c, of 40 numbers, is its short form. Means, inner
+    products, singular values and projections of short columns are those of the long ones. So the
+    coefficients are right as they are, and only the bases have to become long. A^T likewise.
     """
     # 1. Make the columns short.
     beta, alpha = bases
@@ -399,7 +403,7 @@ def merge_layer_fast(bases, old, new, variance, k, stacking):
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
     short_bases = Q_beta.T @ beta.double(), Q_alpha.T @ alpha.double()
     short_new = {task: project((Q_beta, Q_alpha), pair) for task, pair in new.items()}
-    # 2. Merge. Coefficients, old, are the same: beta eps_beta is short if beta is.
+    # 2. Merge. old stays: with the short beta, beta eps_beta is the short form of a column of B.
     merged = merge_layer(short_bases, old, short_new, variance, k, stacking)
     # 3. Make the new bases long.
     (short_beta, short_alpha), coefficients = merged
@@ -525,9 +529,9 @@ class Share:
     def retained(self):
         """{task: ‖ΔW now‖² / ‖ΔW when it was added or learned‖²}, over all layers: 0 to about 1.
 
-        After one projection this is 1 - (relative error)². Several merges may also turn ΔW, which
-        its size does not tell: projected onto a direction at 45°, and then onto one at 90°, a
-        quarter of ‖ΔW‖² is left, but nothing of ΔW.
+        After one projection this is 1 - (relative error)². After several it is a size only: ΔW,
+        projected onto a direction at 45° to it, and that onto one at 90° to ΔW, leaves a quarter of
+        ‖ΔW‖², but nothing of ΔW.
         """
         parts = {}
         for task, record in self.records.items():
@@ -641,10 +645,11 @@ class Share:
             widths = {task: eps_beta.shape[1] for task, (eps_beta, _) in by_task.items()}
             layers.append((layer, widths))  # by each task's p `load` splits i.eps
             for side in (0, 1):
-                empty = bases[side].new_zeros(bases[side].shape[1], 0)  # cat takes no empty list
+                # In front stands a matrix of no columns, as cat refuses an empty list.
+                no_columns = bases[side].new_zeros(bases[side].shape[1], 0)
                 columns = [eps[side] for eps in by_task.values()]
                 tensors[f"{i}.basis.{side}"] = bases[side]
-                tensors[f"{i}.eps.{side}"] = torch.cat([empty, *columns], dim=1)
+                tensors[f"{i}.eps.{side}"] = torch.cat([no_columns] + columns, dim=1)
         records = {}
         for j, (task, record) in enumerate(all_records.items()):
             try:
@@ -696,17 +701,17 @@ class Share:
         self._check_idle()
         if not isinstance(adapters, dict) or not adapters:
             raise ValueError("adapters is empty or no dict; it takes {task: Adapter}, one or more")
-        bases = dict(self.bases)
+        like = dict(self.bases)  # {layer: two matrices of n and d rows, on its device}
         by_layer = {}
         for task, adapter in adapters.items():
             self._check_new_task(task)
-            check_adapter(task, adapter, bases)
+            check_adapter(task, adapter, like)
             for layer, (B, A) in adapter.factors.items():
-                if layer not in bases:  # it takes shape and device from the first adapter
-                    bases[layer] = B, A.T
-                beta, _ = bases[layer]
+                if layer not in like:  # a new layer: its first adapter sets n, d and device
+                    like[layer] = B, A.T
+                device = like[layer][0].device
                 dtype = torch.float64 if torch.float64 in (B.dtype, A.dtype) else torch.float32
-                pair = B.detach().to(beta.device, dtype), A.detach().to(beta.device, dtype).T
+                pair = B.detach().to(device, dtype), A.detach().to(device, dtype).T
                 by_layer.setdefault(layer, {})[task] = pair
         return by_layer
 
@@ -789,29 +794,32 @@ def best_rank(eps, p):
     if 0 in middle.shape:  # a basis is empty, so ΔW is 0, and any p columns do
         return eps_beta[:, :p], eps_alpha[:, :p]
     U, S, Vh = torch.linalg.svd(middle, full_matrices=False)
-    # Set errors of rounding to 0: the root of 1e-8 would be 1e-4, a direction in a later merge.
+    # An S that is only rounding, say 1e-8, has a root of 1e-4, which a later merge would take for a
+    # direction. So it becomes 0.
     S = torch.where(S.gt(ROUNDING * S.norm()), S, 0.0)
-    # The SVD leaves the sign of each pair of columns (of U, of V) open, and a later merge, which
-    # subtracts the mean column, depends on it. So that it is the same on every machine: no column
-    # of U points against the sum of those of eps_beta.
-    sign = torch.where(U.T @ eps_beta.double().sum(dim=1) < 0, -1.0, 1.0)
-    root = (sign * S.sqrt())[:p]
+    # Columns u of U and v of V may as well come out as -u and -v. ΔW is the same, but not the mean
+    # column, which a later merge subtracts. So that it is, on every machine: no u points against
+    # the sum of the columns of eps_beta.
+    u_flips = U.T @ eps_beta.double().sum(dim=1) < 0
+    root = torch.where(u_flips, -S.sqrt(), S.sqrt())[:p]
     return U[:, :p] * root, Vh[:p].T * root
 
 
 # --- Ours
 def update_columns(B, A_T):
-    """Ours: left (n, ·) and right (d, ·), in float64, in place of B and A^T.
+    """Ours: left (n, ·) and right (d, ·), in float64: columns that stand for ΔW, not for its split.
 
-    left left^T = ΔW ΔW^T and right right^T = ΔW^T ΔW. So left and right have the singular vectors
-    and values of ΔW, however it is split into B and A. B and A themselves have others for each
-    split: B M and M^-1 A are the same ΔW for any invertible M.
+    B M and M^-1 A are another split of the same ΔW, with other main directions. But left and right
+    have those of ΔW and ΔW^T themselves: left left^T = ΔW ΔW^T, and right right^T = ΔW^T ΔW.
     """
     B, A_T = B.double(), A_T.double()
-    R_A = torch.linalg.qr(A_T, mode="r").R  # A^T = Q R_A, so ΔW = B A = (B R_A^T) Q^T
-    R_B = torch.linalg.qr(B, mode="r").R  # B = P R_B, so ΔW^T = A^T B^T = (A^T R_B^T) P^T
-    # Q and P have orthonormal columns: without them U and S are the same.
-    return B @ R_A.T, A_T @ R_B.T
+    # A^T = Q R_A, so ΔW = B A = (B R_A^T) Q^T. In ΔW ΔW^T the Q^T Q = 1 drops out.
+    R_A = torch.linalg.qr(A_T, mode="r").R
+    left = B @ R_A.T
+    # B = P R_B, so ΔW^T = (A^T R_B^T) P^T, and P drops out likewise.
+    R_B = torch.linalg.qr(B, mode="r").R
+    right = A_T @ R_B.T
+    return left, right
 
 
 def scaled_updates(pairs):
@@ -847,8 +855,9 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project the new tasks: ΔW becomes beta beta^T ΔW alpha alpha^T. With variance 1, beta spans
-    #    the columns of ΔW and alpha its rows, so nothing is lost.
+    # 3. Project B and A^T of the new tasks. So B A becomes (beta beta^T B) (A alpha alpha^T), which
+    #    is beta beta^T ΔW alpha alpha^T. With variance 1, beta spans the columns of ΔW and alpha
+    #    its rows, and this is ΔW, even if B alone has a part outside of beta.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -892,11 +901,12 @@ def mixed_batch(share, layer, tasks, x):
     # to ΔW x.
     eps_betas = nn.utils.rnn.pad_sequence([eps_beta.T for eps_beta, _ in eps], batch_first=True)
     eps_alphas = nn.utils.rnn.pad_sequence([eps_alpha.T for _, eps_alpha in eps], batch_first=True)
-    # s: sample, p: column of eps, a: direction of alpha, b: direction of beta
-    y = x.to(alpha.dtype) @ alpha  # alpha^T x
-    y = torch.einsum("s...a,spa->s...p", y, eps_alphas)  # eps_alpha^T alpha^T x
-    y = torch.einsum("s...p,spb->s...b", y, eps_betas)  # eps_beta eps_alpha^T alpha^T x
-    return y @ beta.T  # beta eps_beta eps_alpha^T alpha^T x = ΔW x
+    y = x.to(alpha.dtype).reshape(len(x), -1, x.shape[-1])  # (s, t, d)
+    y = y @ alpha  # (s, t, kα)
+    y = y @ eps_alphas.mT  # (s, t, p): eps_alphas is (s, p, kα)
+    y = y @ eps_betas  # (s, t, kβ): eps_betas is (s, p, kβ)
+    y = y @ beta.T  # (s, t, n)
+    return y.reshape(*x.shape[:-1], len(beta))
 
 
 # --- Behind attach and learn
@@ -1031,7 +1041,8 @@ def check_adapter(task, adapter, bases):
         where = f"task {task!r}, layer {layer!r}: B {tuple(B.shape)}, A {tuple(A.shape)}"
         if B.dim() != 2 or A.dim() != 2 or B.shape[1] != len(A) or len(A) == 0:
             raise ValueError(f"{where}; it takes (n, r) and (r, d)")
-        n, d = [len(basis) for basis in bases.get(layer, (B, A.T))]
+        beta, alpha = bases.get(layer, (B, A.T))  # a layer without bases takes any n and d
+        n, d = len(beta), len(alpha)
         if len(B) != n or A.shape[1] != d:
             raise ValueError(f"{where}; the layer takes ({n}, r) and (r, {d})")
         for factor in (B, A):  # double, as isfinite knows no float8; cpu, as MPS has no float64
