@@ -28,7 +28,7 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are default:
 - Phases 1 and 3: the mean column is subtracted, but its direction added to the basis (with_mean).
 - Phase 2 with phi > 0: the new task adds directions to the bases, in place of phase 3 (grow).
-- Phase 3: at variance=0.6 nearly every basis would get smaller. A basis of the old size takes its
+- Phase 3: at variance=0.6 most bases would get smaller. Then a basis of the old size takes the
   place: the first directions, found without subtracting a mean (keep_size).
 For the paper alone pass grow=False, and delete the calls of with_mean and keep_size.
 """
@@ -229,8 +229,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     finetune (ours): go on training a task that exists. Its p stays, phi has to be 0, and
     `retained` starts at 1 again.
     """
-    # 1. Start, in each layer, with the parameters that start_layer makes. Ours, with finetune: with
-    #    the coefficients that the task has.
+    # 1. Start with random parameters, see start_layer. Ours, finetune: with those of the task.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; start stays, for step 3
     # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen. B and
@@ -247,15 +246,15 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
         adapter.factors.update(factors)
     check_adapter(task, adapter, {})  # training may have ended in NaN
     # 4. Keep the task.
-    if phi == 0:  # the bases stay, only the coefficients are new
+    if phi == 0:  # the bases stay, only the coefficients are new; finetune always ends here
         layers = {}
         for layer, end in ends.items():
             layers[layer] = share.bases[layer], {task: (end["eps_beta"], end["eps_alpha"])}
         share._store({task: adapter}, layers)
-    elif grow:  # ours: bases grow by min(p, phi) directions at most, and nothing is lost
-        share.merge({task: adapter}, variance=1.0, grow=True)
-    else:  # phase 3: the temporary columns are in no basis, so merge B and A
+    elif not grow:  # phase 3: the temporary columns are in no basis, so merge B and A
         share.merge({task: adapter})
+    else:  # ours: add to the bases all that they lack of ΔW, at most min(p, phi) directions
+        share.merge({task: adapter}, variance=1.0, grow=True)
 
 
 def start_layer(bases, p, phi, sigma, generator):
@@ -299,8 +298,8 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
     Earlier tasks may lose a part, see `retained`.
     variance: see `build_basis`; None is the share's. Ours: no basis gets smaller, see `keep_size`.
     k, ours: in place of variance, the new size at most. Later merges by variance keep that size.
-    grow=True, ours: bases and earlier tasks stay, and directions are added: with variance=1.0 all
-    that the new ΔW lack, see `grow_layer`.
+    grow=True, ours: bases and earlier tasks stay, and directions of the new ΔW are added: with
+    variance=1.0 all that the bases lack, see `grow_layer`.
     """
     variance = share.variance if variance is None else variance
     check_numbers(variance, k=k)
@@ -335,7 +334,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
     least = 0, 0
     if k is None:  # ours: no basis gets smaller, unless k asks for it, see keep_size
         least = beta.shape[1], alpha.shape[1]
-    return build_layer(pairs, variance, k, stacking, least)
+    (new_beta, new_alpha), coefficients = build_layer(pairs, variance, k, stacking, least)
+    return (new_beta.to(beta), new_alpha.to(alpha)), coefficients
 
 
 # --- Part 2, everything else. For the method alone you can stop here.
@@ -343,10 +343,11 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 # --- Behind phases 1 and 3
 def scaled_directions(X):
-    """U S and S of the SVD X = U S V^T, the largest first.
+    """U S and S of the SVD X = U S V^T, the largest first, but faster than by an SVD.
 
-    It is faster than an SVD: X^T X = V S² V^T gives S and V, and then X V = U S. But it loses
-    digits: S is noise below 1e-8 of the largest, and at ROUNDING, 1e-6 of it, right to about 1e-4.
+    X^T X = V S² V^T: eigh gives S² and V, and then U S = X V. The price is digits. S² has an error
+    of some 1e-15 of the largest S². So an S below 3e-8 of the largest S is noise, and one of 1e-6,
+    ROUNDING, has a relative error of up to 1e-15 / 1e-12 = 1e-3.
     """
     if X.shape[0] < X.shape[1]:  # wide: take R^T, which is only n × n and has the same U and S
         R = torch.linalg.qr(X.T, mode="r").R  # X^T = Q R, so X = R^T Q^T: only V is another one
@@ -362,10 +363,10 @@ def orthonormal(matrices):
 
 
 def with_mean(basis, mean, m, rounding):
-    """Ours: a basis and, beside it, the direction of the mean, as far as it lies outside.
+    """Ours: a basis and, beside it, the direction of the part of the mean that lies outside of it.
 
-    The basis was made for the columns without their mean. But `project` takes the m columns with
-    it, and each of them would lose the part of the mean that is outside.
+    The basis was made without the mean. But `project` gets the m columns with their mean left in,
+    and each of them would lose that part.
     """
     outside = mean - basis @ (basis.T @ mean)
     lost = m**0.5 * outside.norm()  # the norm of m copies of it
@@ -377,11 +378,12 @@ def with_mean(basis, mean, m, rounding):
 def keep_size(basis, stack, least):
     """Ours: in a merge by variance, a basis keeps at least its size from before, `least`.
 
-    The stack of a merge is, apart from the new adapters, what the last basis has kept, and 60 % of
-    60 % is 36 %: the basis would shrink from merge to merge, and the old tasks with it. So at
-    variance=0.6 nearly every basis is replaced here: by the first `least` directions of the stack,
-    no mean subtracted, as no other basis of this size loses less of the columns. It is narrower if
-    the stack has a rank below `least`, as after `remove`.
+    Why: a merge sees of the old tasks only what the last basis has kept. 60 % of that, and then
+    60 % of the rest, would shrink the basis with each merge. At variance=0.6 most bases are
+    replaced here, unless all adapters lie in a few common directions.
+    How: by the first `least` directions of the stack, with no mean subtracted. No other basis of
+    this size keeps more of the stack (Eckart and Young). If the rank of the stack is lower than
+    `least`, as after `remove`, it is narrower all the same.
     """
     if basis.shape[1] < least:  # never in phase 1, where least is 0
         return build_basis(stack, k=least)
@@ -392,18 +394,20 @@ def merge_layer_fast(bases, old, new, variance, k, stacking):
     """The result of merge_layer, but faster: it merges short columns.
 
     All columns, old and new, lie in the span of beta and the new B's. It has few dimensions: 40 for
-    kβ = 32 and one new adapter of rank 8, whatever n. Q (n, 40) is an orthonormal basis of it, so
-    c = Q (Q^T c) for each column c, and Q^T c, of 40 numbers, is its short form. Means, inner
-    products, singular values and projections of short columns are those of the long ones. So the
-    coefficients are right as they are, and only the bases have to become long. A^T likewise.
+    kβ = 32 and one new adapter of rank 8, whatever n. Q (n, 40) is an orthonormal basis of it, and
+    Q^T c, of 40 numbers, is the short form of a column c. Q^T keeps all lengths, angles and means.
+    So a merge of short columns finds the same coefficients, and directions that Q makes long. Old
+    coefficients stay: (Q^T beta) eps is the short form of beta eps. A^T likewise.
     """
-    # 1. Make the columns short.
+    # 1. Make the bases and the new columns short.
     beta, alpha = bases
     Q_beta = orthonormal([beta] + [B for B, _ in new.values()])
     Q_alpha = orthonormal([alpha] + [A_T for _, A_T in new.values()])
     short_bases = Q_beta.T @ beta.double(), Q_alpha.T @ alpha.double()
-    short_new = {task: project((Q_beta, Q_alpha), pair) for task, pair in new.items()}
-    # 2. Merge. old stays: with the short beta, beta eps_beta is the short form of a column of B.
+    short_new = {}
+    for task, (B, A_T) in new.items():
+        short_new[task] = matmul64(Q_beta.T, B), matmul64(Q_alpha.T, A_T)
+    # 2. Merge.
     merged = merge_layer(short_bases, old, short_new, variance, k, stacking)
     # 3. Make the new bases long.
     (short_beta, short_alpha), coefficients = merged
@@ -529,13 +533,13 @@ class Share:
     def retained(self):
         """{task: ‖ΔW now‖² / ‖ΔW when it was added or learned‖²}, over all layers: 0 to about 1.
 
-        After one projection this is 1 - (relative error)². After several it is a size only: ΔW,
-        projected onto a direction at 45° to it, and that onto one at 90° to ΔW, leaves a quarter of
-        ‖ΔW‖², but nothing of ΔW.
+        After one projection this is 1 - (relative error)². After several merges it does not tell
+        the error, as each may turn ΔW: two turns of 45° leave 1/2 · 1/2 of ‖ΔW‖², but at 90° to ΔW.
         """
         parts = {}
-        for task, record in self.records.items():
-            energy = squared_norm(self.reconstruct(task))
+        now = copy.copy(self)  # another thread may change self
+        for task, record in now.records.items():
+            energy = squared_norm(now.reconstruct(task))
             parts[task] = energy / record["energy"] if record["energy"] > 0 else 1.0
         return parts
 
@@ -554,7 +558,8 @@ class Share:
             weight = linear.weight
             is_float = weight.is_floating_point() and weight.itemsize > 1
             if layer in adapter.factors and not (is_float and type(weight) is nn.Parameter):
-                raise ValueError(f"layer {layer!r}: its weight is no plain Parameter of floats")
+                kind = f"{type(weight).__name__} of {weight.dtype}"
+                raise ValueError(f"layer {layer!r}: ΔW cannot be added to a {kind}")
         for layer, linear in attached.items():
             weight = linear.weight
             if layer in adapter.factors:
@@ -723,15 +728,13 @@ class Share:
         adapters: the tasks that are new, or newly trained, whose records are written. Other tasks
         keep the ‖ΔW‖² that they had at first, even if a merge has changed their coefficients.
         """
-        bases = dict(self.bases)
-        coefficients = dict(self.coefficients)
+        bases, coefficients, records = [dict(part) for part in self.held]
         for layer, ((beta, alpha), changed) in layers.items():
             bases[layer] = beta.clone(), alpha.clone()
             by_task = dict(coefficients.get(layer, {}))
             for task, (eps_beta, eps_alpha) in changed.items():
                 by_task[task] = eps_beta.to(beta, copy=True), eps_alpha.to(alpha, copy=True)
             coefficients[layer] = by_task
-        records = dict(self.records)
         for task, adapter in adapters.items():
             extras = {name: extra.detach().clone() for name, extra in adapter.extras.items()}
             config = copy.deepcopy(adapter.config)
@@ -797,28 +800,28 @@ def best_rank(eps, p):
     # An S that is only rounding, say 1e-8, has a root of 1e-4, which a later merge would take for a
     # direction. So it becomes 0.
     S = torch.where(S.gt(ROUNDING * S.norm()), S, 0.0)
-    # Columns u of U and v of V may as well come out as -u and -v. ΔW is the same, but not the mean
-    # column, which a later merge subtracts. So that it is, on every machine: no u points against
-    # the sum of the columns of eps_beta.
-    u_flips = U.T @ eps_beta.double().sum(dim=1) < 0
-    root = torch.where(u_flips, -S.sqrt(), S.sqrt())[:p]
-    return U[:, :p] * root, Vh[:p].T * root
+    # Each machine may return -u and -v in place of the columns u of U and v of V. ΔW is the same,
+    # but not the mean column, which a later merge subtracts. So choose the sign: with it, u · (the
+    # sum of the columns of eps_beta) is not negative.
+    sign = torch.where(U.T @ eps_beta.double().sum(dim=1) < 0, -1.0, 1.0)
+    left, right = U * sign * S.sqrt(), Vh.T * sign * S.sqrt()
+    return left[:, :p], right[:, :p]
 
 
 # --- Ours
 def update_columns(B, A_T):
-    """Ours: left (n, ·) and right (d, ·), in float64: columns that stand for ΔW, not for its split.
+    """Ours: left (n, ·) and right (d, ·), with left left^T = ΔW ΔW^T, right right^T = ΔW^T ΔW.
 
-    B M and M^-1 A are another split of the same ΔW, with other main directions. But left and right
-    have those of ΔW and ΔW^T themselves: left left^T = ΔW ΔW^T, and right right^T = ΔW^T ΔW.
+    The main directions of B depend on the split: B M and M^-1 A are the same ΔW, but B M has other
+    ones. Those of left and right depend on these two products alone, so on ΔW. In float64.
     """
     B, A_T = B.double(), A_T.double()
-    # A^T = Q R_A, so ΔW = B A = (B R_A^T) Q^T. In ΔW ΔW^T the Q^T Q = 1 drops out.
-    R_A = torch.linalg.qr(A_T, mode="r").R
-    left = B @ R_A.T
-    # B = P R_B, so ΔW^T = (A^T R_B^T) P^T, and P drops out likewise.
-    R_B = torch.linalg.qr(B, mode="r").R
-    right = A_T @ R_B.T
+    # A^T = Q R with Q^T Q = 1. So ΔW = B A = (B R^T) Q^T, and ΔW ΔW^T = (B R^T) (B R^T)^T.
+    R = torch.linalg.qr(A_T, mode="r").R
+    left = B @ R.T
+    # The same for ΔW^T = A^T B^T, with B in the place of A^T
+    R = torch.linalg.qr(B, mode="r").R
+    right = A_T @ R.T
     return left, right
 
 
@@ -855,9 +858,9 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project B and A^T of the new tasks. So B A becomes (beta beta^T B) (A alpha alpha^T), which
-    #    is beta beta^T ΔW alpha alpha^T. With variance 1, beta spans the columns of ΔW and alpha
-    #    its rows, and this is ΔW, even if B alone has a part outside of beta.
+    # 3. Project B and A^T of the new tasks. B alone may lose a part, if A has a lower rank, but
+    #    the product does not: it becomes beta beta^T (B A) alpha alpha^T. With variance 1, beta
+    #    spans the columns of ΔW = B A and alpha its rows, so this is ΔW.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -920,7 +923,7 @@ def training(share, model, task, trained):
     share._check_idle()
     check_unwrapped(model)
     if not trained:
-        raise ValueError(f"task {task!r} has nothing to train: its bases are empty, and phi is 0")
+        raise ValueError(f"task {task!r} has nothing to train: no bases, or empty ones and phi = 0")
     attached = share._attached(model, needed=trained)
     selected = share.selected
     # 1. Freeze all that the model has now.
@@ -1003,12 +1006,13 @@ def no_fast_path(linear, inputs):
 def follow_weight(linear):
     """Move a layer's bases and coefficients to where its weight is: model.to() does not."""
     device = linear.weight.device
-    beta, alpha = linear.share.bases[linear.layer]
+    bases, coefficients, _ = linear.share.held
+    beta, alpha = bases[linear.layer]
     # An offloaded weight is on "meta", except in forward: there is nothing to follow until then.
     if beta.device != device and device.type != "meta":
-        bases = beta.to(device), alpha.to(device)
-        coefficients = linear.share.coefficients[linear.layer]  # _store puts them beside the bases
-        linear.share._store({}, {linear.layer: (bases, coefficients)})
+        moved = beta.to(device), alpha.to(device)
+        by_task = coefficients[linear.layer]  # _store moves them to where the bases are
+        linear.share._store({}, {linear.layer: (moved, by_task)})
 
 
 # --- Refusals and files
@@ -1034,7 +1038,7 @@ def check_stack(stack, variance, k):
 
 
 def check_adapter(task, adapter, bases):
-    """ValueError unless each layer has finite B (n, r) and A (r, d), with n and d as its bases."""
+    """ValueError unless each layer has finite B (n, r) and A (r, d), n and d as in its bases."""
     if not adapter.factors:
         raise ValueError(f"task {task!r}: its adapter has no layers")
     for layer, (B, A) in adapter.factors.items():

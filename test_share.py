@@ -793,9 +793,17 @@ def with_weight(linear, weight):
     (lambda x: nn.Linear(12, 41), [Share.attach], r"is \(41, 12\); its bases take \(40, 12\)"),
     # as ZeRO-3 leaves it: in_features still fits
     (lambda x: with_weight(x, nn.Parameter(torch.zeros(0))), [Share.attach], r"is \(0,\); its bas"),
-    (lambda x: with_weight(x, nn.Parameter(x.weight.char(), False)), [fold], "no plain Parameter"),
-    (lambda x: with_weight(x, nn.Parameter(x.weight.to(F8), False)), [fold], "no plain Parameter"),
-    (lambda x: with_weight(x, OwnParameter(x.weight)), [fold], "no plain Parameter"),
+    (
+        lambda x: with_weight(x, nn.Parameter(x.weight.char(), False)),
+        [fold],
+        "cannot be added to a",
+    ),
+    (
+        lambda x: with_weight(x, nn.Parameter(x.weight.to(F8), False)),
+        [fold],
+        "cannot be added to a",
+    ),
+    (lambda x: with_weight(x, OwnParameter(x.weight)), [fold], "cannot be added to a"),
 )
 def test_an_odd_layer_is_refused_with_its_name_and_the_reason(change, calls, words):
     for call in calls:
@@ -899,6 +907,19 @@ def test_a_layers_numbers_move_to_where_its_weight_is(monkeypatch):
     for way in (lambda: model(batch()), lambda: enter(share, model), lambda: share.attach(net())):
         with pytest.raises(RuntimeError, match="copy out of meta"):  # it tries to
             way()
+    to = torch.Tensor.to
+
+    def to_or_zeros(tensor, *args, **kwargs):  # as if meta could be left
+        return (
+            torch.zeros_like(tensor, device="cpu")
+            if tensor.is_meta
+            else to(tensor, *args, **kwargs)
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", to_or_zeros)
+        model(batch())
+    assert not any(tensor.is_meta for tensor in tensors(share))
     share, model = attached()
     monkeypatch.delattr(Share, "_store")  # not where they are there, or it is on meta
     model(batch())
@@ -1064,6 +1085,7 @@ def test_a_layer_that_the_loss_never_reached_is_no_part(phi, stack, cast):
             fit(model.first, parameters[::2], batch(cast), 20)  # of one side, which is enough
     assert share.reconstruct("new").factors.keys() == {"first"}
     assert share.reconstruct("a").factors.keys() == SHAPES.keys()
+    assert share.retained()["a"] == pytest.approx(1, rel=1e-4)
     share.merge(make_adapters("c", shapes={"first": SHAPES["first"]}))
     assert_all_equal(share.bases["second"], before.bases["second"])
     assert_all_equal(share.coefficients["second"], before.coefficients["second"])
@@ -1393,6 +1415,7 @@ def unfit(B, A):
     (lambda s, m: s.merge({"c": X[0], "d": X[1]}), "'d', layer 'x'"),
     (lambda s, m: s.merge({"a": GOOD}), "task 'a' exists"),
     (lambda s, m: s.merge({"c": GOOD}, variance=1.5, grow=True), "variance is 1.5"),
+    (lambda s, m: s.merge({"c": GOOD}, k=0, grow=True), "k is 0"),
     (lambda s, m: s.add(3, GOOD), "task 3 .*is no string"),
     (lambda s, m: s.add("c", GOOD, p=0), "p is 0"),
     (lambda s, m: s.add("c", X[0]), "layer 'x': no bases"),
