@@ -133,9 +133,9 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
     if stacking == "factors":  # the paper's
         stacked = pairs
         centre = True
-    else:  # ours: columns of each ΔW. Their mean would depend on how ΔW is split into B and A.
+    else:  # ours: columns whose main directions depend on ΔW alone, not on its split into B and A
         stacked = scaled_updates(pairs)
-        centre = False
+        centre = False  # their mean would depend on the split
     Bs = torch.cat([B for B, _ in stacked.values()], dim=1)
     A_Ts = torch.cat([A_T for _, A_T in stacked.values()], dim=1)
     # 2. Take the main directions of each.
@@ -253,7 +253,7 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
         share._store({task: adapter}, layers)
     elif not grow:  # phase 3: the temporary columns are in no basis, so merge B and A
         share.merge({task: adapter})
-    else:  # ours: add to the bases all that they lack of ΔW, at most min(p, phi) directions
+    else:  # ours: add to the bases all directions of ΔW that they lack
         share.merge({task: adapter}, variance=1.0, grow=True)
 
 
@@ -297,7 +297,7 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
 
     Earlier tasks may lose a part, see `retained`.
     variance: see `build_basis`; None is the share's. Ours: no basis gets smaller, see `keep_size`.
-    k, ours: in place of variance, the new size at most. Later merges by variance keep that size.
+    k, ours: in place of variance, the new size at most. Later merges by variance may enlarge it.
     grow=True, ours: bases and earlier tasks stay, and directions of the new ΔW are added: with
     variance=1.0 all that the bases lack, see `grow_layer`.
     """
@@ -317,12 +317,12 @@ def merge(share, adapters, *, variance=None, k=None, grow=False):
 
 
 def merge_layer(bases, old, new, variance, k, stacking):
-    """Phase 3 for one layer: its new bases, and the coefficients of all tasks in them.
+    """Phase 3 for one layer: its new bases, and the coefficients of all tasks in them, in float64.
 
     old: {task: (eps_beta, eps_alpha)} in the bases. new: {task: (B, A^T)}.
     """
     beta, alpha = bases
-    # 1. Rebuild the factors of the old tasks, in float64, as phase 1 computes.
+    # 1. Rebuild the factors of the old tasks.
     pairs = {}
     for task, (eps_beta, eps_alpha) in old.items():
         B = beta.double() @ eps_beta.double()
@@ -334,8 +334,7 @@ def merge_layer(bases, old, new, variance, k, stacking):
     least = 0, 0
     if k is None:  # ours: no basis gets smaller, unless k asks for it, see keep_size
         least = beta.shape[1], alpha.shape[1]
-    (new_beta, new_alpha), coefficients = build_layer(pairs, variance, k, stacking, least)
-    return (new_beta.to(beta), new_alpha.to(alpha)), coefficients
+    return build_layer(pairs, variance, k, stacking, least)
 
 
 # --- Part 2, everything else. For the method alone you can stop here.
@@ -345,9 +344,9 @@ def merge_layer(bases, old, new, variance, k, stacking):
 def scaled_directions(X):
     """U S and S of the SVD X = U S V^T, the largest first, but faster than by an SVD.
 
-    X^T X = V S² V^T: eigh gives S² and V, and then U S = X V. The price is digits. S² has an error
-    of some 1e-15 of the largest S². So an S below 3e-8 of the largest S is noise, and one of 1e-6,
-    ROUNDING, has a relative error of up to 1e-15 / 1e-12 = 1e-3.
+    X^T X = V S² V^T: eigh gives S² and V, and then U S = X V. The price is digits, as eigh's error
+    is some 1e-15 of the largest S². So an S below √1e-15 = 3e-8 of the largest is noise. At 1e-6 of
+    it, which is ROUNDING, S² is 1e-12 of it and wrong by 1e-15 at most: one part in 1000.
     """
     if X.shape[0] < X.shape[1]:  # wide: take R^T, which is only n × n and has the same U and S
         R = torch.linalg.qr(X.T, mode="r").R  # X^T = Q R, so X = R^T Q^T: only V is another one
@@ -391,13 +390,14 @@ def keep_size(basis, stack, least):
 
 
 def merge_layer_fast(bases, old, new, variance, k, stacking):
-    """The result of merge_layer, but faster: it merges short columns.
+    """merge_layer, but faster, on short columns. Only the signs of directions may differ.
 
     All columns, old and new, lie in the span of beta and the new B's. It has few dimensions: 40 for
-    kβ = 32 and one new adapter of rank 8, whatever n. Q (n, 40) is an orthonormal basis of it, and
-    Q^T c, of 40 numbers, is the short form of a column c. Q^T keeps all lengths, angles and means.
-    So a merge of short columns finds the same coefficients, and directions that Q makes long. Old
-    coefficients stay: (Q^T beta) eps is the short form of beta eps. A^T likewise.
+    kβ = 32 and one new adapter of rank 8, whatever n. Let Q (n, 40) be an orthonormal basis of it.
+    Then c = Q (Q^T c) for a column c, so its short form Q^T c, of 40 numbers, says all. Dot
+    products stay, c · c' = (Q^T c) · (Q^T c'), and main directions, means and projections need no
+    more. So merge the short columns, and multiply the new bases by Q. Old coefficients need no
+    change: Q^T (beta eps) = (Q^T beta) eps. A^T likewise.
     """
     # 1. Make the bases and the new columns short.
     beta, alpha = bases
@@ -533,8 +533,8 @@ class Share:
     def retained(self):
         """{task: ‖ΔW now‖² / ‖ΔW when it was added or learned‖²}, over all layers: 0 to about 1.
 
-        After one projection this is 1 - (relative error)². After several merges it does not tell
-        the error, as each may turn ΔW: two turns of 45° leave 1/2 · 1/2 of ‖ΔW‖², but at 90° to ΔW.
+        After one projection this is 1 - (relative error)². After several merges the error can be
+        larger, as each may also turn ΔW: to be sure, compare `reconstruct` with the adapter.
         """
         parts = {}
         now = copy.copy(self)  # another thread may change self
@@ -722,11 +722,11 @@ class Share:
 
     @torch.inference_mode(False)  # a tensor that is made in inference mode could never be trained
     def _store(self, adapters, layers):
-        """Take in copies of results; all that they do not name stays.
+        """Take in copies of results; all that neither argument names stays.
 
-        layers: {layer: ((beta, alpha), {task: eps})}, with all tasks whose coefficients are new.
-        adapters: the tasks that are new, or newly trained, whose records are written. Other tasks
-        keep the ‖ΔW‖² that they had at first, even if a merge has changed their coefficients.
+        adapters: {task: Adapter} of the tasks that are new, or newly trained: for their records.
+        layers: {layer: ((beta, alpha), {task: eps})}, all that has changed.
+        So a merge changes coefficients of old tasks, but not the ‖ΔW‖² that they had at first.
         """
         bases, coefficients, records = [dict(part) for part in self.held]
         for layer, ((beta, alpha), changed) in layers.items():
@@ -800,12 +800,11 @@ def best_rank(eps, p):
     # An S that is only rounding, say 1e-8, has a root of 1e-4, which a later merge would take for a
     # direction. So it becomes 0.
     S = torch.where(S.gt(ROUNDING * S.norm()), S, 0.0)
-    # Each machine may return -u and -v in place of the columns u of U and v of V. ΔW is the same,
-    # but not the mean column, which a later merge subtracts. So choose the sign: with it, u · (the
-    # sum of the columns of eps_beta) is not negative.
+    # The SVD leaves open the sign of each pair u, v, and machines differ. ΔW does not depend on it,
+    # but phase 3's mean of all columns does. So turn u to the side of the sum of the old columns.
     sign = torch.where(U.T @ eps_beta.double().sum(dim=1) < 0, -1.0, 1.0)
-    left, right = U * sign * S.sqrt(), Vh.T * sign * S.sqrt()
-    return left[:, :p], right[:, :p]
+    root = sign * S.sqrt()
+    return U[:, :p] * root[:p], Vh.T[:, :p] * root[:p]
 
 
 # --- Ours
@@ -816,12 +815,12 @@ def update_columns(B, A_T):
     ones. Those of left and right depend on these two products alone, so on ΔW. In float64.
     """
     B, A_T = B.double(), A_T.double()
-    # A^T = Q R with Q^T Q = 1. So ΔW = B A = (B R^T) Q^T, and ΔW ΔW^T = (B R^T) (B R^T)^T.
-    R = torch.linalg.qr(A_T, mode="r").R
-    left = B @ R.T
-    # The same for ΔW^T = A^T B^T, with B in the place of A^T
-    R = torch.linalg.qr(B, mode="r").R
-    right = A_T @ R.T
+    # A^T = Q R_A with Q^T Q = 1. So ΔW = B A = (B R_A^T) Q^T, and ΔW ΔW^T = (B R_A^T) (B R_A^T)^T.
+    R_A = torch.linalg.qr(A_T, mode="r").R
+    left = B @ R_A.T
+    # B = P R_B with P^T P = 1. So ΔW^T = A^T B^T = (A^T R_B^T) P^T, and likewise.
+    R_B = torch.linalg.qr(B, mode="r").R
+    right = A_T @ R_B.T
     return left, right
 
 
@@ -858,9 +857,9 @@ def grow_layer(bases, old, new, variance, k):
     coefficients = {}
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
-    # 3. Project B and A^T of the new tasks. B alone may lose a part, if A has a lower rank, but
-    #    the product does not: it becomes beta beta^T (B A) alpha alpha^T. With variance 1, beta
-    #    spans the columns of ΔW = B A and alpha its rows, so this is ΔW.
+    # 3. Project B and A^T of the new tasks. Their product becomes beta beta^T ΔW alpha alpha^T.
+    #    With variance 1, beta spans the columns of ΔW and alpha its rows, so this is ΔW. (B may
+    #    lose a part, but only one that A multiplies by 0.)
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -917,8 +916,8 @@ def mixed_batch(share, layer, tasks, x):
 def training(share, model, task, trained):
     """For a block, the task is selected and its {layer: nn.ParameterDict} alone can train.
 
-    These ParameterDicts are found in two ways: as linear.learned, a submodule, by model.to() and
-    model.parameters(); in share.trained by `Share.factors`, and so by forward.
+    Each ParameterDict is put in two places: linear.learned, a submodule, where model.to() and
+    model.parameters() see it; and share.trained, where `Share.factors`, and so forward, looks.
     """
     share._check_idle()
     check_unwrapped(model)
