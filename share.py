@@ -28,8 +28,8 @@ Phase 3 merges new adapters into the bases and projects every task onto them aga
 Part 1 is the paper, Part 2 all else. "Ours" marks what the paper lacks. Three of ours are default:
 - Phases 1 and 3: the mean column is subtracted, but its direction added to the basis (with_mean).
 - Phase 2 with phi > 0: the new task adds directions to the bases, in place of phase 3 (grow).
-- Phase 3: at variance=0.6 most bases would get smaller. Then a basis of the old size takes the
-  place: the first directions, found without subtracting a mean (keep_size).
+- Phase 3: at variance=0.6 a merge would often make a basis smaller. Then it takes as many as before
+  of the first directions, found without subtracting a mean (keep_size).
 For the paper alone pass grow=False, and delete the calls of with_mean and keep_size.
 """
 
@@ -181,8 +181,9 @@ def main_directions(X, rounding, variance, k=None):
     if k is None:
         energy = S[:rank] ** 2
         explained = energy.cumsum(0) / energy.sum()  # say [0.5, 0.8, 1.0], by the first 1, 2, 3
-        too_few = explained < variance - 1e-12  # for 0.6: [True, False, False]
-        k = 1 + int(too_few.sum())  # 2. (1e-12, as a sum of 0.6 may come out as 0.59999….)
+        # For 0.6: [True, False, False], so k = 2. 1e-12: a sum of 0.6 may come out as 0.59999….
+        too_few = explained < variance - 1e-12
+        k = 1 + int(too_few.sum())
     # U is U S with columns of length 1. QR does that, and makes them orthogonal to the last digit.
     return orthonormal([US[:, : min(k, rank)]])
 
@@ -225,15 +226,15 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     phi: temporary columns beside each basis: 0, or less than the largest k.
     grow: how, with phi > 0, the task is merged afterwards. False: by the paper's phase 3, which may
     lose much of it, see `retained`. True (ours): each basis gains the directions of the task's ΔW
-    that it does not contain yet, and nothing is lost.
+    that it lacks, min(p, phi) at most, and nothing is lost.
     finetune (ours): go on training a task that exists. Its p stays, phi has to be 0, and
     `retained` starts at 1 again.
     """
     # 1. Start with random parameters, see start_layer. Ours, finetune: with those of the task.
     start = share._resume(task, phi) if finetune else share._start(task, p, phi, sigma, seed)
     trained = copy.deepcopy(start)  # {layer: nn.ParameterDict}; start stays, for step 3
-    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen. B and
-    #    A of forward are then learned_factors(share.bases[layer], trained[layer]).
+    # 2. The caller's loop, the body of its `with`, trains the copy, while all else is frozen. Until
+    #    its end, `training` makes forward use learned_factors(share.bases[layer], trained[layer]).
     with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
     # 3. Take the layers that have moved, and their B and A: for phase 3, or the record of ‖ΔW‖².
@@ -344,9 +345,8 @@ def merge_layer(bases, old, new, variance, k, stacking):
 def scaled_directions(X):
     """U S and S of the SVD X = U S V^T, the largest first, but faster than by an SVD.
 
-    X^T X = V S² V^T: eigh gives S² and V, and then U S = X V. The price is digits, as eigh's error
-    is some 1e-15 of the largest S². So an S below √1e-15 = 3e-8 of the largest is noise. At 1e-6 of
-    it, which is ROUNDING, S² is 1e-12 of it and wrong by 1e-15 at most: one part in 1000.
+    X^T X = V S² V^T: eigh gives S² and V, and then U S = X V. Squaring halves the digits: an S
+    below some 3e-8 of the largest is noise. ROUNDING, 1e-6, is safely above that.
     """
     if X.shape[0] < X.shape[1]:  # wide: take R^T, which is only n × n and has the same U and S
         R = torch.linalg.qr(X.T, mode="r").R  # X^T = Q R, so X = R^T Q^T: only V is another one
@@ -377,12 +377,11 @@ def with_mean(basis, mean, m, rounding):
 def keep_size(basis, stack, least):
     """Ours: in a merge by variance, a basis keeps at least its size from before, `least`.
 
-    Why: a merge sees of the old tasks only what the last basis has kept. 60 % of that, and then
-    60 % of the rest, would shrink the basis with each merge. At variance=0.6 most bases are
-    replaced here, unless all adapters lie in a few common directions.
-    How: by the first `least` directions of the stack, with no mean subtracted. No other basis of
-    this size keeps more of the stack (Eckart and Young). If the rank of the stack is lower than
-    `least`, as after `remove`, it is narrower all the same.
+    Why: the old tasks are rebuilt from the last basis. If each merge kept only 60 % of what is left
+    of them, 22 directions, say, would become 14 and then 10.
+    How: a basis that is too small is replaced by the first `least` directions of the stack, with no
+    mean subtracted. No basis of this size keeps more of the stack (Eckart and Young). It is smaller
+    all the same if the stack has a lower rank, as after `remove`.
     """
     if basis.shape[1] < least:  # never in phase 1, where least is 0
         return build_basis(stack, k=least)
@@ -390,14 +389,13 @@ def keep_size(basis, stack, least):
 
 
 def merge_layer_fast(bases, old, new, variance, k, stacking):
-    """merge_layer, but faster, on short columns. Only the signs of directions may differ.
+    """merge_layer on short columns: faster, and the same but for the signs of directions.
 
     All columns, old and new, lie in the span of beta and the new B's. It has few dimensions: 40 for
     kβ = 32 and one new adapter of rank 8, whatever n. Let Q (n, 40) be an orthonormal basis of it.
-    Then c = Q (Q^T c) for a column c, so its short form Q^T c, of 40 numbers, says all. Dot
-    products stay, c · c' = (Q^T c) · (Q^T c'), and main directions, means and projections need no
-    more. So merge the short columns, and multiply the new bases by Q. Old coefficients need no
-    change: Q^T (beta eps) = (Q^T beta) eps. A^T likewise.
+    So replace each column c by Q^T c, of 40 numbers, merge, and multiply the new bases by Q. As
+    c = Q (Q^T c), all dot products and means stay, and merge_layer uses only these. Old
+    coefficients stay, too, as Q^T (beta eps) = (Q^T beta) eps. A^T likewise.
     """
     # 1. Make the bases and the new columns short.
     beta, alpha = bases
@@ -533,8 +531,9 @@ class Share:
     def retained(self):
         """{task: ‖ΔW now‖² / ‖ΔW when it was added or learned‖²}, over all layers: 0 to about 1.
 
-        After one projection this is 1 - (relative error)². After several merges the error can be
-        larger, as each may also turn ΔW: to be sure, compare `reconstruct` with the adapter.
+        Bases turn ΔW into its orthogonal projection, beta beta^T ΔW alpha alpha^T. After one of
+        them this is 1 - (relative error)². After several merges the error may be larger: to be
+        sure, compare `reconstruct` with the adapter.
         """
         parts = {}
         now = copy.copy(self)  # another thread may change self
@@ -802,8 +801,8 @@ def best_rank(eps, p):
     S = torch.where(S.gt(ROUNDING * S.norm()), S, 0.0)
     # The SVD leaves open the sign of each pair u, v, and machines differ. ΔW does not depend on it,
     # but phase 3's mean of all columns does. So turn u to the side of the sum of the old columns.
-    sign = torch.where(U.T @ eps_beta.double().sum(dim=1) < 0, -1.0, 1.0)
-    root = sign * S.sqrt()
+    old_sum = eps_beta.double().sum(dim=1)
+    root = torch.where(U.T @ old_sum < 0, -S.sqrt(), S.sqrt())  # on both sides: ΔW stays
     return U[:, :p] * root[:p], Vh.T[:, :p] * root[:p]
 
 
@@ -858,8 +857,8 @@ def grow_layer(bases, old, new, variance, k):
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
     # 3. Project B and A^T of the new tasks. Their product becomes beta beta^T ΔW alpha alpha^T.
-    #    With variance 1, beta spans the columns of ΔW and alpha its rows, so this is ΔW. (B may
-    #    lose a part, but only one that A multiplies by 0.)
+    #    With variance 1, beta spans the columns of ΔW and alpha its rows, so this is ΔW. B itself
+    #    may lose a part, say a column that meets a row of zeros in A, and so is in no ΔW.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
@@ -958,10 +957,10 @@ def moved_layers(task, start, trained):
             if hasattr(value, "full_tensor"):  # fully_shard, called in the block, has split it
                 value = value.full_tensor()  # a collective call: every process has to make it
             end[name] = value
-        # .to: the caller may have moved the model to another device, or cast it
-        same = [torch.equal(start[layer][name].to(value), value) for name, value in end.items()]
-        if not all(same):
-            moved[layer] = end
+        for name, value in end.items():
+            # .to: the caller may have moved the model to another device, or cast it
+            if not torch.equal(start[layer][name].to(value), value):
+                moved[layer] = end
     if not moved:
         raise ValueError(f"task {task!r}: no parameter has moved; is the optimizer from the block?")
     return moved
@@ -969,11 +968,11 @@ def moved_layers(task, start, trained):
 
 @contextlib.contextmanager
 def frozen(model):
-    """For a block no parameter of a model can train.
+    """For a block no parameter of a model can train. Gradients from before are dropped.
 
     Afterwards requires_grad is as before, and so are the buffers that state_dict() has, such as
-    BatchNorm's statistics. Gradients are dropped. Other buffers, which are caches, such as a rotary
-    embedding's, stay as the block has left them.
+    BatchNorm's statistics. Other buffers, which are caches, such as a rotary embedding's, stay as
+    the block has left them.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
