@@ -57,7 +57,7 @@ ROUNDING = 1e-6  # relative size below which a singular value or a column counts
 #     share.variance, share.stacking  settings of phase 1, for phase 3
 #     share.selected                  the task whose ΔW is added in forward
 #
-# Its methods with an underscore, in Part 2, do the bookkeeping.
+# Its methods with an underscore, see below, do the bookkeeping.
 @dataclass
 class Adapter:
     """One task's LoRA adapter: ΔW = B A in each of its layers.
