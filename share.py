@@ -348,9 +348,9 @@ def scaled_directions(X):
     X^T X = V S² V^T: eigh gives S² and V, and then U S = X V. Squaring halves the digits: an S
     below some 3e-8 of the largest is noise. ROUNDING, 1e-6, is safely above that.
     """
-    if X.shape[0] < X.shape[1]:  # wide: take R^T, which is only n × n and has the same U and S
-        R = torch.linalg.qr(X.T, mode="r").R  # X^T = Q R, so X = R^T Q^T: only V is another one
-        X = R.T
+    if X.shape[0] < X.shape[1]:
+        # Wide: U and S depend on X X^T alone. With X^T = Q R it is R^T R, so take R^T, n × n.
+        X = torch.linalg.qr(X.T, mode="r").R.T
     squares, V = torch.linalg.eigh(X.T @ X)  # S² and V, the smallest first
     squares, V = squares.flip(0), V.flip(1)
     return X @ V, squares.clamp(min=0).sqrt()
@@ -971,8 +971,8 @@ def frozen(model):
     """For a block no parameter of a model can train. Gradients from before are dropped.
 
     Afterwards requires_grad is as before, and so are the buffers that state_dict() has, such as
-    BatchNorm's statistics. Other buffers, which are caches, such as a rotary embedding's, stay as
-    the block has left them.
+    BatchNorm's statistics. Other buffers are caches, such as a rotary embedding's, whose owner may
+    keep their length elsewhere: they stay as the block has left them.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
