@@ -176,7 +176,10 @@ def main_directions(X, rounding, variance, k=None):
 
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
-    US, S = scaled_directions(X)  # the columns of U S, and S, of the SVD X = U S V^T
+    if X.shape[0] < X.shape[1]:
+        # For speed: X = R^T Q^T has the U and S of its factor R^T (n, n), as Q^T Q = 1.
+        X = torch.linalg.qr(X.T, mode="r").R.T
+    U, S, _ = torch.linalg.svd(X, full_matrices=False)
     rank = int(S.gt(rounding).sum())
     if k is None:
         energy = S[:rank] ** 2
@@ -184,8 +187,7 @@ def main_directions(X, rounding, variance, k=None):
         # For 0.6: [True, False, False], so k = 2. 1e-12: a sum of 0.6 may come out as 0.59999….
         too_few = explained < variance - 1e-12
         k = 1 + int(too_few.sum())
-    # U is U S with columns of length 1. QR does that, and makes them orthogonal to the last digit.
-    return orthonormal([US[:, : min(k, rank)]])
+    return U[:, : min(k, rank)]
 
 
 def project(bases, pair):
@@ -225,8 +227,8 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     p: columns of the coefficients, so the rank of ΔW. sigma, seed: of their random start.
     phi: temporary columns beside each basis: 0, or less than the largest k.
     grow: how, with phi > 0, the task is merged afterwards. False: by the paper's phase 3, which may
-    lose much of it, see `retained`. True (ours): each basis gains the directions of the task's ΔW
-    that it lacks, min(p, phi) at most, and nothing is lost.
+    lose much of it, see `retained`. True (ours): the bases gain the directions of the task's ΔW
+    that they lack, and nothing is lost.
     finetune (ours): go on training a task that exists. Its p stays, phi has to be 0, and
     `retained` starts at 1 again.
     """
@@ -237,25 +239,19 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     #    its end, `training` makes forward use learned_factors(share.bases[layer], trained[layer]).
     with training(share, model, task, trained):
         yield [tensor for parameters in trained.values() for tensor in parameters.values()]
-    # 3. Take the layers that have moved, and their B and A: for phase 3, or the record of ‖ΔW‖².
-    #    Other layers, which the loss has not reached, hold random numbers.
+    # 3. Take the layers that have moved. The others, which the loss has not reached, hold random
+    #    numbers.
     ends = moved_layers(task, start, trained)
-    factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-    adapter = Adapter(factors)
-    if finetune:  # ours: other layers, extras and config stay as they were
-        adapter = share.reconstruct(task)
-        adapter.factors.update(factors)
-    check_adapter(task, adapter, {})  # training may have ended in NaN
     # 4. Keep the task.
-    if phi == 0:  # the bases stay, only the coefficients are new; finetune always ends here
-        layers = {}
-        for layer, end in ends.items():
-            layers[layer] = share.bases[layer], {task: (end["eps_beta"], end["eps_alpha"])}
-        share._store({task: adapter}, layers)
-    elif not grow:  # phase 3: the temporary columns are in no basis, so merge B and A
-        share.merge({task: adapter})
-    else:  # ours: add to the bases all directions of ΔW that they lack
-        share.merge({task: adapter}, variance=1.0, grow=True)
+    if phi == 0:  # the bases stay, only the coefficients are new
+        share._keep(task, ends)
+        return
+    # The temporary columns are in no basis, so merge B and A.
+    factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
+    if grow:  # ours: add to the bases all directions of ΔW that they lack
+        share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
+    else:  # phase 3
+        share.merge({task: Adapter(factors)})
 
 
 def start_layer(bases, p, phi, sigma, generator):
@@ -342,20 +338,6 @@ def merge_layer(bases, old, new, variance, k, stacking):
 
 
 # --- Behind phases 1 and 3
-def scaled_directions(X):
-    """U S and S of the SVD X = U S V^T, the largest first, but faster than by an SVD.
-
-    X^T X = V S² V^T: eigh gives S² and V, and then U S = X V. Squaring halves the digits: an S
-    below some 3e-8 of the largest is noise. ROUNDING, 1e-6, is safely above that.
-    """
-    if X.shape[0] < X.shape[1]:
-        # Wide: U and S depend on X X^T alone. With X^T = Q R it is R^T R, so take R^T, n × n.
-        X = torch.linalg.qr(X.T, mode="r").R.T
-    squares, V = torch.linalg.eigh(X.T @ X)  # S² and V, the smallest first
-    squares, V = squares.flip(0), V.flip(1)
-    return X @ V, squares.clamp(min=0).sqrt()
-
-
 def orthonormal(matrices):
     """Orthonormal columns whose span contains all columns of the matrices, in float64."""
     return torch.linalg.qr(torch.cat(matrices, dim=1).double()).Q
@@ -392,11 +374,10 @@ def keep_size(basis, stack, least):
 def merge_layer_fast(bases, old, new, variance, k, stacking):
     """merge_layer on short columns: faster, and the same but for the signs of directions.
 
-    All columns, old and new, lie in the span of beta and the new B's. It has few dimensions: 40 for
-    kβ = 32 and one new adapter of rank 8, whatever n. Let Q (n, 40) be an orthonormal basis of it.
-    So replace each column c by Q^T c, of 40 numbers, merge, and multiply the new bases by Q. As
-    c = Q (Q^T c), all dot products and means stay, and merge_layer uses only these. Old
-    coefficients stay, too, as Q^T (beta eps) = (Q^T beta) eps. A^T likewise.
+    Let Q (n, q) be an orthonormal basis of all columns of beta and of the new B's: q is small, 40
+    for kβ = 32 and one new adapter of rank 8. So the stack X that merge_layer makes is X = Q Y with
+    a short Y = Q^T X (q, m). If Y = U S V^T, then X = (Q U) S V^T: the directions of X are Q times
+    those of Y. Coefficients stay as they are: beta eps = Q (Q^T beta) eps. A^T likewise.
     """
     # 1. Make the bases and the new columns short.
     beta, alpha = bases
@@ -466,7 +447,7 @@ class Share:
         Layers are named as in `model.named_modules()`. Attach again after a merge with new layers.
         """
         modules = dict(model.named_modules(remove_duplicate=False))
-        attached = self._attached(model)
+        attached = [linear.layer for linear in self._attached(model)]
         linears = {}
         new_layers = [layer for layer in self.bases if layer not in attached]
         for layer in new_layers:
@@ -491,18 +472,15 @@ class Share:
         task: a name, None, or a sequence of these, one for each sample (x's first dimension).
         """
         if isinstance(task, str) or not hasattr(task, "__iter__"):  # a name or None
-            selected = task
             names = (task,)
         else:
-            selected = tuple(task)
-            names = selected
-            if self.learning is not None and self.learning in names:
-                raise ValueError(f"task {self.learning!r} is being learned: not in a mixed batch")
+            names = tuple(task)
+            task = names
         for name in names:
             # The task that is being learned may be new, and then has no record yet.
             if name is not None and name != self.learning:
                 self._check_task(name)
-        self.selected = selected
+        self.selected = task
 
     def factors(self, layer, task):
         """LoRA's (B (n, p), A (p, d)) of a task in a layer; None for no task, or no ΔW there."""
@@ -551,19 +529,18 @@ class Share:
         attached = self._attached(model, needed=adapter.factors)
         if not attached:
             raise ValueError("no layer of the model is attached, or each carries another share")
-        for layer, linear in attached.items():
+        for linear in attached:
+            layer = linear.layer
             check_linear(layer, linear, ShareLinear, self.bases[layer])
-            # ΔW cannot be added to a quantized weight: of integers, of float8, which has one byte,
-            # or of a subclass of Parameter.
             weight = linear.weight
-            is_float = weight.is_floating_point() and weight.itemsize > 1
-            if layer in adapter.factors and not (is_float and type(weight) is nn.Parameter):
+            is_quantized = type(weight) is not nn.Parameter or weight.dtype not in FLOATS
+            if layer in adapter.factors and is_quantized:
                 kind = f"{type(weight).__name__} of {weight.dtype}"
                 raise ValueError(f"layer {layer!r}: ΔW cannot be added to a {kind}")
-        for layer, linear in attached.items():
+        for linear in attached:
             weight = linear.weight
-            if layer in adapter.factors:
-                folded = weight.detach() + adapter.delta(layer).to(weight.device)
+            if linear.layer in adapter.factors:
+                folded = weight.detach() + adapter.delta(linear.layer).to(weight.device)
                 # a new Parameter: the old one may be another layer's as well
                 linear.weight = nn.Parameter(folded.to(weight.dtype), weight.requires_grad)
             linear.hook.remove()
@@ -612,9 +589,9 @@ class Share:
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
         start = {}
         for layer, (beta, alpha) in self.bases.items():
-            # A basis is empty if all factors were 0. Then only temporary columns can be trained.
-            is_empty = min(beta.shape[1], alpha.shape[1]) == 0
-            if phi > 0 or not is_empty:
+            if (
+                min(beta.shape[1], alpha.shape[1]) + phi > 0
+            ):  # a basis is empty if all factors were 0
                 start[layer] = start_layer((beta, alpha), p, phi, sigma, generator)
         return start
 
@@ -624,13 +601,25 @@ class Share:
         if phi != 0:
             raise ValueError(f"phi is {phi!r}; with finetune it takes 0")
         start = {}
-        for layer, (beta, alpha) in self.bases.items():
-            if task in self.coefficients[layer] and min(beta.shape[1], alpha.shape[1]) > 0:
-                eps_beta, eps_alpha = self.coefficients[layer][task]
+        for layer, by_task in self.coefficients.items():
+            eps_beta, eps_alpha = by_task.get(task, ((), ()))
+            if len(eps_beta) > 0 and len(eps_alpha) > 0:
                 start[layer] = nn.ParameterDict()  # of these tensors; learn trains copies
                 start[layer]["eps_beta"] = eps_beta
                 start[layer]["eps_alpha"] = eps_alpha
         return start
+
+    def _keep(self, task, ends):
+        """Take in trained coefficients: {layer: {"eps_beta": tensor, "eps_alpha": tensor}}."""
+        adapter = Adapter({})  # of the task as it is now, for its record
+        if task in self.records:  # finetune: layers that have not moved, extras and config stay
+            adapter = self.reconstruct(task)
+        layers = {}
+        for layer, end in ends.items():
+            adapter.factors[layer] = learned_factors(self.bases[layer], end)
+            layers[layer] = self.bases[layer], {task: (end["eps_beta"], end["eps_alpha"])}
+        check_adapter(task, adapter, {})  # training may have ended in NaN
+        self._store({task: adapter}, layers)
 
     # --- The share's file
     def save(self, path):
@@ -657,10 +646,6 @@ class Share:
                 tensors[f"{i}.eps.{side}"] = torch.cat([no_columns] + columns, dim=1)
         records = {}
         for j, (task, record) in enumerate(all_records.items()):
-            try:
-                json.dumps(record["config"])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"task {task!r}: JSON cannot hold its config: {error}") from None
             records[task] = record | {"extras": list(record["extras"])}
             for name, extra in record["extras"].items():
                 tensors[f"{j}.extra.{name}"] = extra
@@ -742,15 +727,12 @@ class Share:
         self.held = bases, coefficients, records
 
     def _attached(self, model, needed=()):
-        """{layer: ShareLinear} of this share in a model; ValueError if a needed one is missing."""
-        attached = {}
-        for linear in model.modules():
-            if isinstance(linear, ShareLinear) and linear.share is self:
-                if linear.layer in attached:
-                    raise ValueError(f"layer {linear.layer!r} is attached twice in the model")
-                attached[linear.layer] = linear
+        """All ShareLinear of this share in a model; ValueError if a needed layer is missing."""
+        modules = model.modules()
+        attached = [m for m in modules if isinstance(m, ShareLinear) and m.share is self]
+        names = [linear.layer for linear in attached]
         for layer in needed:
-            if layer not in attached:
+            if layer not in names:
                 raise ValueError(f"layer {layer!r} is not attached, or carries another share")
         return attached
 
@@ -809,35 +791,30 @@ def best_rank(eps, p):
 
 # --- Ours
 def update_columns(B, A_T):
-    """Ours: left (n, ·) and right (d, ·), with left left^T = ΔW ΔW^T, right right^T = ΔW^T ΔW.
+    """Ours: left = U S (n, r) and right = V S (d, r) of the SVD ΔW = U S V^T, in float64.
 
-    The main directions of B depend on the split: B M and M^-1 A are the same ΔW, but B M has other
-    ones. Those of left and right depend on these two products alone, so on ΔW. In float64.
+    ΔW has many splits into B and A, such as 2 B and A / 2, with other main directions of B. U S and
+    V S depend on ΔW alone.
     """
-    B, A_T = B.double(), A_T.double()
-    # A^T = Q R_A with Q^T Q = 1. So ΔW = B A = (B R_A^T) Q^T, and ΔW ΔW^T = (B R_A^T) (B R_A^T)^T.
-    R_A = torch.linalg.qr(A_T, mode="r").R
-    left = B @ R_A.T
-    # B = P R_B with P^T P = 1. So ΔW^T = A^T B^T = (A^T R_B^T) P^T, and likewise.
-    R_B = torch.linalg.qr(B, mode="r").R
-    right = A_T @ R_B.T
-    return left, right
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A_T.double())
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)  # ΔW = Q_B (…) Q_A^T
+    return (Q_B @ U) * S, (Q_A @ Vh.T) * S
 
 
 def scaled_updates(pairs):
-    """Ours, for "updates": {task: (left, right)}, its `update_columns` divided by their norm, ‖ΔW‖.
+    """Ours, for "updates": {task: (left, right)}, its `update_columns` divided by ‖ΔW‖.
 
     So all tasks weigh the same, but for a ΔW below ROUNDING times the largest, which stays small.
     """
     updates = {task: update_columns(B, A_T) for task, (B, A_T) in pairs.items()}
-    largest = max(float(left.norm()) for left, _ in updates.values())
-    floor = max(ROUNDING * largest, 1e-300)  # 1e-300: all ΔW may be 0
+    norms = {task: float(left.norm()) for task, (left, _) in updates.items()}  # ‖U S‖ = ‖ΔW‖
+    floor = max(ROUNDING * max(norms.values()), 1e-300)  # 1e-300: all ΔW may be 0
     scaled = {}
     for task, (left, right) in updates.items():
+        norm = max(norms[task], floor)
         B, A_T = pairs[task]
-        left = left / max(float(left.norm()), floor)
-        right = right / max(float(right.norm()), floor)
-        scaled[task] = left.to(B.dtype), right.to(A_T.dtype)
+        scaled[task] = (left / norm).to(B.dtype), (right / norm).to(A_T.dtype)
     return scaled
 
 
@@ -892,23 +869,15 @@ def mixed_batch(share, layer, tasks, x):
     """ΔW x for x (s, ..., d), with another task, or None, for each of the s samples."""
     if len(tasks) != len(x):
         raise ValueError(f"{len(tasks)} tasks are selected for a batch of {len(x)} samples")
-    bases, coefficients, _ = share.held
-    beta, alpha = bases[layer]
-    # The eps of each sample. They differ in p; without a task in this layer, p is 0.
-    no_columns = beta.new_zeros(beta.shape[1], 0), alpha.new_zeros(alpha.shape[1], 0)
-    eps = [coefficients[layer].get(task, no_columns) for task in tasks]
-    if not eps:  # an empty batch
-        return x.new_zeros(*x.shape[:-1], len(beta))
-    # Stack the eps^T (p, k) to (s, p, k). Where p is smaller, rows of zeros are added, which add 0
-    # to ΔW x.
-    eps_betas = nn.utils.rnn.pad_sequence([eps_beta.T for eps_beta, _ in eps], batch_first=True)
-    eps_alphas = nn.utils.rnn.pad_sequence([eps_alpha.T for _, eps_alpha in eps], batch_first=True)
-    y = x.to(alpha.dtype).reshape(len(x), -1, x.shape[-1])  # (s, t, d)
-    y = y @ alpha  # (s, t, kα)
-    y = y @ eps_alphas.mT  # (s, t, p): eps_alphas is (s, p, kα)
-    y = y @ eps_betas  # (s, t, kβ): eps_betas is (s, p, kβ)
-    y = y @ beta.T  # (s, t, n)
-    return y.reshape(*x.shape[:-1], len(beta))
+    beta, _ = share.bases[layer]
+    BAx = x.new_zeros(*x.shape[:-1], len(beta), dtype=beta.dtype)
+    for task in set(tasks):
+        factors = share.factors(layer, task)
+        if factors is not None:
+            B, A = factors
+            rows = [i for i, name in enumerate(tasks) if name == task]
+            BAx[rows] = F.linear(F.linear(x[rows].to(A.dtype), A), B)
+    return BAx
 
 
 # --- Behind attach and learn
@@ -924,16 +893,16 @@ def training(share, model, task, trained):
     if not trained:
         raise ValueError(f"task {task!r} has nothing to train: no bases, or empty ones and phi = 0")
     attached = share._attached(model, needed=trained)
+    learning = [linear for linear in attached if linear.layer in trained]
     selected = share.selected
     # 1. Freeze all that the model has now.
     with frozen(model):
         try:
             # 2. Add the parameters, which can train.
-            for layer, parameters in trained.items():
-                linear = attached[layer]
+            for linear in learning:
                 follow_weight(linear)  # so that bases and parameters are where the weight is
-                parameters.to(share.bases[layer][0].device)
-                linear.learned = parameters
+                beta, _ = share.bases[linear.layer]
+                linear.learned = trained[linear.layer].to(beta.device)
             # 3. Have forward use them.
             share.trained = trained
             share.learning = task
@@ -944,8 +913,8 @@ def training(share, model, task, trained):
             share.selected = selected
             share.learning = None
             share.trained = {}
-            for layer in trained:
-                attached[layer]._modules.pop("learned", None)  # if 2 has failed, it is not there
+            for linear in learning:
+                linear._modules.pop("learned", None)  # if 2 has failed, it is not there
 
 
 def moved_layers(task, start, trained):
@@ -1015,6 +984,7 @@ def follow_weight(linear):
 
 
 # --- Refusals and files
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # ΔW can be added to these
 FORMAT = "share 6"  # of the file that `Share.save` writes
 WRAPPERS = ("DataParallel", "FSDPModule", "DeepSpeedEngine")  # ends of names of classes
 
@@ -1054,20 +1024,17 @@ def check_adapter(task, adapter, bases):
 
 
 def check_linear(layer, linear, cls, bases):
-    """ValueError, with the reason, for a layer that is not just a `cls` of the bases' shape."""
+    """ValueError for a layer that is not just a `cls` of the bases' shape."""
     weight = linear._parameters.get("weight")  # None: pruning or the like has replaced it
+    is_patched = "forward" in vars(linear)
+    if type(linear) is not cls or weight is None or weight.is_meta or is_patched:
+        raise ValueError(
+            f"layer {layer!r} is {type(linear).__name__}; it takes {cls.__name__} itself, with its "
+            "weights loaded, and without pruning or a patched forward: attach first, offload later"
+        )
     shape = tuple(len(basis) for basis in bases)
-    if type(linear) is not cls or weight is None:
-        reason = f"it takes {cls.__name__} itself, with no pruning or the like on its weight"
-    elif "forward" in vars(linear):
-        reason = "its forward is patched: delete a leftover one; attach first and offload later"
-    elif weight.is_meta:
-        reason = "its weight is on meta; load the weights first"
-    elif weight.shape != shape:
-        reason = f"its weight is {tuple(weight.shape)}; its bases take {shape}"
-    else:
-        return
-    raise ValueError(f"layer {layer!r} is {type(linear).__name__}; {reason}")
+    if weight.shape != shape:
+        raise ValueError(f"layer {layer!r}: its weight is {tuple(weight.shape)}, not {shape}")
 
 
 def check_unwrapped(model):

@@ -783,16 +783,16 @@ def with_weight(linear, weight):
 
 @cases(
     "change, calls, words",  # of a layer; the calls that refuse it
-    (parametrizations.weight_norm, EVERY, "with no pruning or the like"),
-    (lambda x: prune.identity(x, "weight"), EVERY, "with no pruning or the like"),
-    (patched, EVERY, "its forward is patched.*attach first and offload"),
-    (lambda x: patched(x.to("meta")), EVERY, "its forward is patched"),  # offloaded
-    (lambda x: x.to("meta"), EVERY, "its weight is on meta; load"),
+    (parametrizations.weight_norm, EVERY, "without pruning"),
+    (lambda x: prune.identity(x, "weight"), EVERY, "without pruning"),
+    (patched, EVERY, "or a patched forward: attach first, offload later"),
+    (lambda x: patched(x.to("meta")), EVERY, "or a patched forward"),  # offloaded
+    (lambda x: x.to("meta"), EVERY, "with its weights loaded"),
     # a subclass, which is never called
     (lambda x: nn.MultiheadAttention(40, 1).out_proj, [Share.attach], "is NonDyn.*Linear itself"),
-    (lambda x: nn.Linear(12, 41), [Share.attach], r"is \(41, 12\); its bases take \(40, 12\)"),
+    (lambda x: nn.Linear(12, 41), [Share.attach], r"is \(41, 12\), not \(40, 12\)"),
     # as ZeRO-3 leaves it: in_features still fits
-    (lambda x: with_weight(x, nn.Parameter(torch.zeros(0))), [Share.attach], r"is \(0,\); its bas"),
+    (lambda x: with_weight(x, nn.Parameter(torch.zeros(0))), [Share.attach], r"is \(0,\), not"),
     (
         lambda x: with_weight(x, nn.Parameter(x.weight.char(), False)),
         [fold],
@@ -1097,7 +1097,7 @@ def test_what_would_break_a_block_is_refused_and_it_goes_on():
     held = [eps for tasks in share.coefficients.values() for eps in tasks["a"]]
     with share.learn(model, "a", finetune=True) as parameters:
         assert_all_equal(parameters, held)  # it starts there, in the order of a new task's
-        for change in (*CHANGES, Share.detach, lambda share, model: share.select(["b", "a"])):
+        for change in (*CHANGES, Share.detach):
             with refused("task 'a' is being learned"):
                 change(share, model)
         share.select(["b", None] * 8)  # a mixed batch of others is none of its business
@@ -1106,6 +1106,32 @@ def test_what_would_break_a_block_is_refused_and_it_goes_on():
         losses = fit(model, parameters, x)
     assert losses[-1] < losses[0]
     share.detach(model)
+
+
+def test_a_mixed_batch_trains_the_task_being_learned():
+    share, model = attached()
+    x = batch()
+    with share.learn(model, "new", phi=1) as parameters:
+        alone = torch.autograd.grad(model(x[::2]).square().sum(), parameters)
+        share.select(["new", "b"] * 8)
+        mixed = torch.autograd.grad(model(x)[::2].square().sum(), parameters)
+        for gradient, expected in zip(mixed, alone, strict=True):
+            assert torch.allclose(gradient, expected)
+        fit(model, parameters, batch(size=32))  # two halves
+
+
+def test_two_models_of_one_share_train_as_one():
+    share, one = attached()
+    two = share.attach(net())
+    both = nn.ModuleList([one, two])
+    x = batch()
+    with share.learn(both, "new") as parameters:
+        assert len(parameters) == len([q for q in both.parameters() if q.requires_grad])
+        bare = [model(x) for model in both]
+        fit(one, parameters, x)
+        assert not torch.equal(two(x), bare[1])
+    share.detach(both, "new")
+    assert not any(isinstance(module, ShareLinear) for module in both.modules())
 
 
 @variants(half=["autocast", "before the block", "in it"])
@@ -1353,7 +1379,7 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path):
 
 @cases(
     "save, words",
-    (lambda s, path: s.save(path / "share"), "task 'c': JSON cannot hold its config: .*set"),
+    (lambda s, path: s.save(path / "share"), "set is not JSON serializable"),
     (lambda s, path: make_share().save(path), "test_a_save"),
     (lambda s, path: save_peft(s.reconstruct("c"), path), "JSON cannot hold the config"),
     (lambda s, path: save_peft(s.reconstruct("c"), path / "new"), "JSON cannot hold the config"),
@@ -1365,7 +1391,7 @@ def test_a_save_that_fails_says_why_and_leaves_what_was(tmp_path, save, words):
     save_peft(share.reconstruct("a"), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     share.add("c", Adapter(GOOD.factors, config={"x": {3, 1}}))
-    with pytest.raises((ValueError, OSError), match=words):
+    with pytest.raises((ValueError, TypeError, OSError), match=words):
         save(share, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert not list(tmp_path.parent.glob(f"{tmp_path.name}.*"))
@@ -1432,7 +1458,6 @@ def unfit(B, A):
     (lambda s, m: enter(s, nn.Identity()), "layer 'first' is not attached"),
     *[(lambda s, m, p=p: enter(s, m, p=p), "p is") for p in (0, None, 1.5)],
     *[(lambda s, m, v=v: enter(s, m, sigma=v), "sigma is") for v in (0, -1, torch.inf, torch.nan)],
-    (lambda s, m: enter(s, nn.ModuleList([m, s.attach(net())])), "'first' is attached twice"),
     *[(lambda s, m, v=v: enter(s, m, phi=v), f"phi is {v}; .* k, 4") for v in (-1, 1.0, 4)],
     (lambda s, m: enter(Share(), m, phi=1), "phi is 1; .* k, 0"),
     (lambda s, m: enter(s, m, "a"), "task 'a' exists"),
