@@ -85,13 +85,12 @@ class ShareLinear(nn.Linear):
         h = super().forward(input)  # W0 x, plus the layer's bias
         task = self.share.selected
         if isinstance(task, tuple):  # ours: a task for each sample
-            BAx = mixed_batch(self.share, self.layer, task, input)
-        else:
-            factors = self.share.factors(self.layer, task)  # lora_factors; in learn learned_factors
-            if factors is None:  # no task, or one that leaves this layer alone
-                return h
-            B, A = factors  # B = beta eps_beta, A = (alpha eps_alpha)^T
-            BAx = F.linear(F.linear(input.to(A.dtype), A), B)
+            return mixed_batch(self, task, input, h)
+        factors = self.share.factors(self.layer, task)  # lora_factors; in learn learned_factors
+        if factors is None:  # no task, or one that leaves this layer alone
+            return h
+        B, A = factors  # B = beta eps_beta, A = (alpha eps_alpha)^T
+        BAx = F.linear(F.linear(input.to(A.dtype), A), B)
         return (h + BAx).to(h.dtype)
 
 
@@ -865,19 +864,18 @@ def grow_basis(basis, columns, variance, k):
 
 
 # --- Mixed batches
-def mixed_batch(share, layer, tasks, x):
-    """ΔW x for x (s, ..., d), with another task, or None, for each of the s samples."""
+def mixed_batch(linear, tasks, x, h):
+    """h + ΔW x for x (s, ..., d), with another task, or None, for each of the s samples."""
     if len(tasks) != len(x):
         raise ValueError(f"{len(tasks)} tasks are selected for a batch of {len(x)} samples")
-    beta, _ = share.bases[layer]
-    BAx = x.new_zeros(*x.shape[:-1], len(beta), dtype=beta.dtype)
     for task in set(tasks):
-        factors = share.factors(layer, task)
+        factors = linear.share.factors(linear.layer, task)
         if factors is not None:
             B, A = factors
             rows = [i for i, name in enumerate(tasks) if name == task]
-            BAx[rows] = F.linear(F.linear(x[rows].to(A.dtype), A), B)
-    return BAx
+            BAx = F.linear(F.linear(x[rows].to(A.dtype), A), B)
+            h[rows] = (h[rows] + BAx).to(h.dtype)
+    return h
 
 
 # --- Behind attach and learn

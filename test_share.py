@@ -1147,9 +1147,11 @@ def test_in_half_precision_a_block_learns_the_share_is_float32(half):
     assert end.dtype == torch.bfloat16
     assert {q.dtype for q in parameters} == {dtype}
     assert {tensor.dtype for tensor in tensors(share)} == {torch.float32}
-    for out in outputs(share, model, x, ("new", ["new"] * 16)):
-        assert out.dtype == dtype
-        assert relative(out.float(), end.float()) < 0.02
+    for amp in (False, half == "autocast"):
+        with AUTOCAST(enabled=amp):
+            for out in outputs(share, model, x, ("new", ["new"] * 16)):
+                assert out.dtype == (torch.bfloat16 if amp else dtype)
+                assert relative(out.float(), end.float()) < 0.02
 
 
 def learn_in_parallel(rank, folder, wrap, phi):
