@@ -134,7 +134,7 @@ def build_layer(pairs, variance, k, stacking, least=(0, 0)):
         centre = True
     else:  # ours: columns whose main directions depend on ΔW alone, not on its split into B and A
         stacked = scaled_updates(pairs)
-        centre = False  # their mean would depend on the split
+        centre = False  # their mean would depend on their signs, which an SVD leaves open
     Bs = torch.cat([B for B, _ in stacked.values()], dim=1)
     A_Ts = torch.cat([A_T for _, A_T in stacked.values()], dim=1)
     # 2. Take the main directions of each.
@@ -176,7 +176,7 @@ def main_directions(X, rounding, variance, k=None):
     Singular values up to rounding count as 0: there may be fewer vectors, and none if X is 0.
     """
     if X.shape[0] < X.shape[1]:
-        # For speed: X = R^T Q^T has the U and S of its factor R^T (n, n), as Q^T Q = 1.
+        # For speed: X^T = Q R, so X = R^T Q^T. If R^T (n, n) is U S V^T, then X is U S (Q V)^T.
         X = torch.linalg.qr(X.T, mode="r").R.T
     U, S, _ = torch.linalg.svd(X, full_matrices=False)
     rank = int(S.gt(rounding).sum())
@@ -359,8 +359,8 @@ def keep_size(basis, stack, least):
     """Ours: in a merge by variance, a basis keeps at least its size from before, `least`.
 
     Why: the old tasks are rebuilt from the last basis. If each merge kept 60 % of what the one
-    before has left, the basis would shrink: of ten random adapters of rank 4, with one more in each
-    merge, from 17 directions to 11, 8, 7.
+    before has left, the basis would shrink: in a layer of 128 × 128, of ten random adapters of rank
+    4 and one more in each merge, from 16 directions to 10, 8, 7.
     How: a basis that is too small is replaced by the first `least` directions of the stack, with no
     mean subtracted. No basis of this size keeps more of the stack (Eckart and Young). It is smaller
     all the same if the stack has a lower rank, as after `remove`.
@@ -375,8 +375,9 @@ def merge_layer_fast(bases, old, new, variance, k, stacking):
 
     Let Q (n, q) be an orthonormal basis of all columns of beta and of the new B's: q is small, 40
     for kβ = 32 and one new adapter of rank 8. So the stack X that merge_layer makes is X = Q Y with
-    a short Y = Q^T X (q, m). If Y = U S V^T, then X = (Q U) S V^T: the directions of X are Q times
-    those of Y. Coefficients stay as they are: beta eps = Q (Q^T beta) eps. A^T likewise.
+    a short Y = Q^T X (q, m), and its mean is Q times that of Y. If Y = U S V^T, then X = (Q U) S
+    V^T: the directions of X are Q times those of Y. Coefficients stay as they are, as beta eps =
+    Q (Q^T beta) eps. A^T likewise.
     """
     # 1. Make the bases and the new columns short.
     beta, alpha = bases
@@ -588,9 +589,8 @@ class Share:
         generator = torch.Generator().manual_seed(seed)  # its own: the same in every process
         start = {}
         for layer, (beta, alpha) in self.bases.items():
-            if (
-                min(beta.shape[1], alpha.shape[1]) + phi > 0
-            ):  # a basis is empty if all factors were 0
+            narrowest = min(beta.shape[1], alpha.shape[1])  # 0 if all B's or all A's were 0
+            if narrowest + phi > 0:
                 start[layer] = start_layer((beta, alpha), p, phi, sigma, generator)
         return start
 
@@ -601,8 +601,10 @@ class Share:
             raise ValueError(f"phi is {phi!r}; with finetune it takes 0")
         start = {}
         for layer, by_task in self.coefficients.items():
-            eps_beta, eps_alpha = by_task.get(task, ((), ()))
-            if len(eps_beta) > 0 and len(eps_alpha) > 0:
+            if task not in by_task:
+                continue
+            eps_beta, eps_alpha = by_task[task]
+            if len(eps_beta) > 0 and len(eps_alpha) > 0:  # neither basis is empty
                 start[layer] = nn.ParameterDict()  # of these tensors; learn trains copies
                 start[layer]["eps_beta"] = eps_beta
                 start[layer]["eps_alpha"] = eps_alpha
@@ -783,9 +785,9 @@ def best_rank(eps, p):
     S = torch.where(S.gt(ROUNDING * S.norm()), S, 0.0)
     # The SVD leaves open the sign of each pair u, v, and machines differ. ΔW does not depend on it,
     # but phase 3's mean of all columns does. So turn u to the side of the sum of the old columns.
-    old_sum = eps_beta.double().sum(dim=1)
-    root = torch.where(U.T @ old_sum < 0, -S.sqrt(), S.sqrt())  # on both sides: ΔW stays
-    return U[:, :p] * root[:p], Vh.T[:, :p] * root[:p]
+    signs = torch.where(U.T @ eps_beta.double().sum(dim=1) < 0, -1.0, 1.0)
+    scale = (signs * S.sqrt())[:p]  # the same on both sides, so that the signs cancel in ΔW
+    return U[:, :p] * scale, Vh.T[:, :p] * scale
 
 
 # --- Ours
@@ -793,7 +795,7 @@ def update_columns(B, A_T):
     """Ours: left = U S (n, r) and right = V S (d, r) of the SVD ΔW = U S V^T, in float64.
 
     ΔW has many splits into B and A, such as 2 B and A / 2, with other main directions of B. U S and
-    V S depend on ΔW alone.
+    V S are the same for every split, but for the signs of their columns.
     """
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A_T.double())
@@ -939,8 +941,8 @@ def frozen(model):
     """For a block no parameter of a model can train. Gradients from before are dropped.
 
     Afterwards requires_grad is as before, and so are the buffers that state_dict() has, such as
-    BatchNorm's statistics. Other buffers are caches, such as a rotary embedding's, whose owner may
-    keep their length elsewhere: they stay as the block has left them.
+    BatchNorm's statistics. Other buffers are caches and stay as the block has left them: a rotary
+    table that has been rescaled for long inputs has its new length in a Python int.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = model.state_dict().keys()
