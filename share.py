@@ -116,7 +116,9 @@ def from_adapters(cls, adapters, *, variance=0.6, k=None, stack="factors", p=Non
     layers = {}
     for layer, pairs in share._pairs_by_layer(adapters).items():  # pairs: {task: (B, A^T)}
         bases, coefficients = build_layer(pairs, variance, k, stack)
-        layers[layer] = bases, {task: best_rank(eps, p) for task, eps in coefficients.items()}
+        if p is not None:  # ours
+            coefficients = {task: best_rank(eps, p) for task, eps in coefficients.items()}
+        layers[layer] = bases, coefficients
     share._store(adapters, layers)
     return share
 
@@ -154,7 +156,8 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
     `variance` of the rest. Ours:
     - add the direction of the mean, see `with_mean`;
     - centre=False: subtract no mean, and add none;
-    - k, in place of variance: take the first k directions, or fewer; subtract no mean either.
+    - k, in place of variance: take the first k directions, or fewer; subtract no mean, as then
+      they keep the most of the stack (Eckart and Young).
 
     Computed in float64, returned as float32 at least. ValueError: an argument out of range.
     """
@@ -244,13 +247,10 @@ def learn(share, model, task, *, p=1, phi=0, sigma=0.03, seed=0, finetune=False,
     # 4. Keep the task.
     if phi == 0:  # the bases stay, only the coefficients are new
         share._keep(task, ends)
-        return
-    # The temporary columns are in no basis, so merge B and A.
-    factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
-    if grow:  # ours: add to the bases all directions of ΔW that they lack
-        share.merge({task: Adapter(factors)}, variance=1.0, grow=True)
-    else:  # phase 3
-        share.merge({task: Adapter(factors)})
+    else:  # the temporary columns are in no basis, so phase 3 merges B and A
+        factors = {layer: learned_factors(share.bases[layer], end) for layer, end in ends.items()}
+        variance = 1.0 if grow else None  # grow, ours: all directions that the bases lack
+        share.merge({task: Adapter(factors)}, variance=variance, grow=grow)
 
 
 def start_layer(bases, p, phi, sigma, generator):
@@ -511,8 +511,9 @@ class Share:
         """{task: ‖ΔW now‖² / ‖ΔW when it was added or learned‖²}, over all layers: 0 to about 1.
 
         Bases turn ΔW into its orthogonal projection, beta beta^T ΔW alpha alpha^T. After one
-        projection this is 1 - (relative error)². After several merges the error may be larger: to
-        be sure, compare `reconstruct` with the adapter.
+        projection this is 1 - (relative error)². Projections onto one basis and then another are
+        none, so after several merges the error may be larger, or smaller. To be sure, compare
+        `reconstruct` with the adapter.
         """
         parts = {}
         now = copy.copy(self)  # another thread may change self
@@ -836,8 +837,8 @@ def grow_layer(bases, old, new, variance, k):
     for task, (eps_beta, eps_alpha) in old.items():
         coefficients[task] = with_rows(eps_beta, beta), with_rows(eps_alpha, alpha)
     # 3. Project B and A^T of the new tasks. Their product becomes beta beta^T ΔW alpha alpha^T.
-    #    With variance 1, beta spans the columns of ΔW and alpha its rows, so this is ΔW. B itself
-    #    may lose a part, say a column that meets a row of zeros in A, and so is in no ΔW.
+    #    With variance 1, beta spans the columns of ΔW and alpha its rows, so this is ΔW. B may
+    #    change all the same: with B = [b1 b2] and A = [a1; 0], ΔW = b1 a1, and b2 may be lost.
     for task, pair in new.items():
         coefficients[task] = project((beta, alpha), pair)
     return (beta, alpha), coefficients
