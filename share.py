@@ -166,7 +166,8 @@ def build_basis(stack, variance=0.6, k=None, *, centre=True):
     rounding = ROUNDING * X.norm()  # what is smaller counts as 0
     if centre and k is None:  # the paper's
         mean = X.mean(dim=1, keepdim=True)
-        basis = main_directions(X - mean, rounding, variance)
+        X = X - mean
+        basis = main_directions(X, rounding, variance)
         basis = with_mean(basis, mean, X.shape[1], rounding)  # ours
     else:  # ours
         basis = main_directions(X, rounding, variance, k)
