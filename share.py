@@ -512,9 +512,9 @@ class Share:
         """{task: ‖ΔW now‖² / ‖ΔW when it was added or learned‖²}, over all layers: 0 to about 1.
 
         Bases turn ΔW into its orthogonal projection, beta beta^T ΔW alpha alpha^T. After one
-        projection this is 1 - (relative error)². Projections onto one basis and then another are
-        none, so after several merges the error may be larger, or smaller. To be sure, compare
-        `reconstruct` with the adapter.
+        projection this is 1 - (relative error)². Several projections, onto different bases, are
+        together not orthogonal: after several merges the error may be larger or smaller. To be
+        sure, compare `reconstruct` with the adapter.
         """
         parts = {}
         now = copy.copy(self)  # another thread may change self
